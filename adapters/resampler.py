@@ -1,0 +1,92 @@
+"""The perceiver resampler: many frames or tokens in, a fixed number of latents out."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..text.model import FeedForward, RMSNorm
+
+
+class PerceiverResampler(nn.Module):
+    """Merges consecutive frames into one of `n_latents` tokens (the temporal aggregator of section 7.2: 32
+    frames into one). Latents read the frames through cross-attention and feed-forward layers; keys are the
+    frame tokens and the latents, as in Flamingo (arXiv 2204.14198), since the paper gives no detail.
+
+    Args:
+        dim: width of frame tokens and latents.
+        n_latents: tokens of a merged frame.
+        n_layers: cross-attention and feed-forward layers.
+        n_heads: attention heads.
+        ffn_dim: hidden width of the feed-forward layers.
+        max_frames: frames that are merged at most; each has a learned time embedding.
+        norm_eps: epsilon of every RMSNorm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_latents: int,
+        n_layers: int,
+        n_heads: int,
+        ffn_dim: int,
+        max_frames: int,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        if dim % n_heads:
+            raise ValueError(f"dim {dim} is no multiple of n_heads {n_heads}")
+        self.max_frames = max_frames
+        self.latents = nn.Parameter(torch.randn(n_latents, dim))
+        self.time_embedding = nn.Parameter(torch.randn(max_frames, dim))
+        self.input_norm = RMSNorm(dim, norm_eps)
+        self.layers = nn.ModuleList(ResamplerLayer(dim, n_heads, ffn_dim, norm_eps) for _ in range(n_layers))
+        self.norm = RMSNorm(dim, norm_eps)
+
+    def forward(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(G, F, L, dim) frame tokens to (G, n_latents, dim).
+
+        Args:
+            frames: G groups of F <= max_frames consecutive frames with L tokens each.
+            mask: (G, F, L) bool, True where a token is real; None means all. Every group needs one.
+
+        Raises:
+            ValueError: more frames than `max_frames`.
+        """
+        groups, n_frames, _, _ = frames.shape
+        if n_frames > self.max_frames:
+            raise ValueError(f"{n_frames} frames to merge, but the resampler was built for {self.max_frames}")
+        tokens = self.input_norm(frames) + self.time_embedding[:n_frames, None]
+        tokens = rearrange(tokens, "g f l d -> g (f l) d")
+        latents = repeat(self.latents, "n d -> g n d", g=groups)
+        if mask is not None:
+            mask = F.pad(rearrange(mask, "g f l -> g 1 1 (f l)"), (0, latents.shape[1]), value=True)
+        for layer in self.layers:
+            latents = layer(latents, tokens, mask)
+        return self.norm(latents)
+
+
+class ResamplerLayer(nn.Module):
+    """Latents attend to the frame tokens and to themselves, then pass a feed-forward layer."""
+
+    def __init__(self, dim: int, n_heads: int, ffn_dim: int, norm_eps: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.latent_norm = RMSNorm(dim, norm_eps)
+        self.token_norm = RMSNorm(dim, norm_eps)
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wkv = nn.Linear(dim, 2 * dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.ffn_norm = RMSNorm(dim, norm_eps)
+        self.feed_forward = FeedForward(dim, ffn_dim)
+
+    def forward(self, latents: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        normed = self.latent_norm(latents)
+        source = torch.cat([self.token_norm(tokens), normed], dim=1)
+        queries = rearrange(self.wq(normed), "g n (h d) -> g h n d", h=self.n_heads)
+        keys, values = rearrange(self.wkv(source), "g m (two h d) -> two g h m d", two=2, h=self.n_heads)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        latents = latents + self.wo(rearrange(out, "g h n d -> g n (h d)"))
+        return latents + self.feed_forward(self.ffn_norm(latents))

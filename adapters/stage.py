@@ -1,0 +1,74 @@
+"""What every stage that trains adapters on dialogs has in common: the recipe and the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..data.sources import DataConfig, open_loader
+from ..train.objective import Objective
+from ..train.parallel import rank, world_size
+from ..train.recipe import StageRecipe, train_by
+from .batching import DialogCollator, Port
+from .compose import ComposedModel
+from .model_directory import save
+from .objective import next_token
+
+
+@dataclass(kw_only=True)
+class DialogDataConfig(DataConfig):
+    """Dialog samples with media.
+
+    Args:
+        turns: how dialogs of several turns become documents; see `herdkit.adapters.batching.Turns`.
+        packed: several samples share a row where they fit.
+    """
+
+    turns: Literal["conversation", "independent", "alternate"] = "conversation"
+    packed: bool = False
+
+
+@dataclass(kw_only=True)
+class AdapterRecipe(StageRecipe):
+    """
+    Args:
+        init: model directory to start from.
+        data: dialogs with the media that the attached adapters take.
+        freeze: names are `text.<parameter>` and `<modality>.<parameter>`.
+    """
+
+    init: str
+    data: DialogDataConfig = field(default_factory=DialogDataConfig)
+
+
+def train_on_dialogs(
+    recipe: AdapterRecipe,
+    model: ComposedModel,
+    run_dir: Path,
+    objective: Objective = next_token,
+    collator: type[DialogCollator] = DialogCollator,
+) -> dict[str, Any]:
+    """Trains a composed model on the recipe's dialogs and writes `run_dir/model`; the trainer's result.
+
+    Args:
+        model: with every adapter attached that the stage needs.
+        objective: loss of a batch; by default next-token prediction of the assistant's answers.
+        collator: makes the batches that the objective takes.
+
+    Raises:
+        ValueError: the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"{recipe.init}: the model has no tokenizer")
+    data = recipe.data
+    ports = [Port.of(adapter) for adapter in model.adapters.values()]
+    collate = collator(
+        model.tokenizer, ports, row_length=data.row_length, turns=data.turns, packed=data.packed
+    )
+    batch_size = recipe.trainer.micro_batch_size(world_size())
+    loader = open_loader(data, collate, batch_size, rank(), world_size())
+    result = train_by(recipe, model, loader, objective, run_dir)
+    if rank() == 0:
+        save(model, run_dir / "model")
+    return result

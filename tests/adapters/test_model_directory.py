@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_adapters import MemoryAdapter, SoftAdapter, ToyConfig, randomise
+
+import herdkit
+from herdkit.adapters import ModelDirectoryError, compose, register_adapter
+from herdkit.text import Tokenizer, Transformer, TransformerConfig
+from herdkit.text.model_directory import save_text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register_adapter("toy-image", MemoryAdapter)
+    MemoryAdapter.kind = "toy-image"
+    register_adapter("toy-speech", SoftAdapter)
+    SoftAdapter.kind = "toy-speech"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["a dog and a cat"], 514)
+    config = TransformerConfig(
+        dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=tokenizer.vocab_size, max_seq_len=64
+    )
+    adapters = {kind.modality: randomise(kind(ToyConfig(width=5), config)).float() for kind in (MemoryAdapter, SoftAdapter)}
+    return compose(Transformer(config), tokenizer, **adapters)
+
+
+def test_round_trip_restores_every_bit_and_the_text_file_never_changes(model, tmp_path):
+    path = herdkit.save(model, tmp_path / "model")
+    assert {p.name for p in path.iterdir()} == {
+        "config.json", "text.safetensors", "image.safetensors", "speech.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    loaded = herdkit.load(path)
+    assert loaded.image.config == ToyConfig(width=5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    alone = save_text(model.text, model.tokenizer, tmp_path / "text")
+    assert (alone / "text.safetensors").read_bytes() == (path / "text.safetensors").read_bytes()
+    assert herdkit.load(path, adapters=["speech"]).modalities == ["speech"]
+    assert herdkit.load(alone).modalities == []
+
+
+def test_saving_replaces_a_model_directory_and_nothing_else(model, tmp_path):
+    path = herdkit.save(model, tmp_path / "model")
+    model.detach("speech")
+    herdkit.save(model, path)
+    assert not (path / "speech.safetensors").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "me.jpg").write_text("x")
+    with pytest.raises(FileExistsError, match="photos exists and is no model directory"):
+        herdkit.save(model, other)
+    assert (other / "me.jpg").exists()
+
+
+def test_a_failed_save_leaves_the_old_model_and_no_rubbish(model, tmp_path, monkeypatch):
+    path = herdkit.save(model, tmp_path / "model")
+    before = (path / "image.safetensors").read_bytes()
+    monkeypatch.setattr(Tokenizer, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        herdkit.save(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (path / "image.safetensors").read_bytes() == before
+
+
+def spoil(path: Path, change):
+    tensors = load_file(path / "image.safetensors")
+    change(tensors)
+    save_file(tensors, path / "image.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "config.json").unlink(), "no config.json"),
+        (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
+        (lambda p: (p / "config.json").write_text('{"format": "other"}'), "not a herdkit model"),
+        (lambda p: (p / "text.safetensors").unlink(), "text.safetensors: missing"),
+        (lambda p: (p / "speech.safetensors").write_bytes(b"\0" * 40), "speech.safetensors: not a whole"),
+        (lambda p: spoil(p, lambda t: t.pop("encoder.bias")), "image.safetensors: missing encoder.bias"),
+        (lambda p: spoil(p, lambda t: t.update(extra=torch.ones(1))), "surplus extra"),
+        (lambda p: spoil(p, lambda t: t.update({"encoder.bias": torch.ones(3)})), r"\(3,\), expected \(32,\)"),
+        (lambda p: spoil(p, lambda t: t["encoder.bias"].fill_(float("nan"))), "encoder.bias holds values that are not"),
+    ],
+)
+def test_damage_is_named(model, tmp_path, damage, message):
+    path = herdkit.save(model, tmp_path / "model")
+    damage(path)
+    with pytest.raises(ModelDirectoryError, match=message):
+        herdkit.load(path)
+
+
+def test_unknown_adapters_keys_and_places_are_named(model, tmp_path):
+    with pytest.raises(ModelDirectoryError, match="no such model directory"):
+        herdkit.load(tmp_path / "nowhere")
+    path = herdkit.save(model, tmp_path / "model")
+    with pytest.raises(ModelDirectoryError, match=r"no adapter \['sight'\]; it has \['image', 'speech'\]"):
+        herdkit.load(path, adapters=["sight"])
+    config = json.loads((path / "config.json").read_text())
+    config["adapters"]["image"]["config"]["widht"] = 3
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelDirectoryError, match=r"widht.*did you mean 'width'"):
+        herdkit.load(path)
+    config["adapters"]["image"]["type"] = "toy-imagee"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelDirectoryError, match="did you mean 'toy-image'"):
+        herdkit.load(path)
