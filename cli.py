@@ -1,0 +1,143 @@
+"""The `herdkit` command: thin, one sub-command a function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """A mistake of the user's; printed as one line, without a stack trace."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 1 for what went wrong, 2 for wrong usage, 130 when interrupted."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("herdkit: interrupted; the same command goes on from the last finished point", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (UsageError, ValueError, OSError, LookupError, ModuleNotFoundError, RuntimeError) as error:
+        if os.environ.get("HERDKIT_TRACEBACK"):
+            raise
+        print(f"herdkit: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="herdkit", description="Compositional multimodal models: train, compose, chat.",
+        epilog="Set HERDKIT_TRACEBACK=1 to see where an error comes from.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    demo_parser = command(
+        "demo", demo, "Train the tiny herd from random weights on made data and ask it.", "herdkit demo --quick"
+    )
+    demo_parser.add_argument("--out", type=Path, default=Path("runs/tiny-herd"), help="folder (%(default)s)")
+    demo_parser.add_argument("--seed", type=int, default=0, help="of data, weights and order (%(default)s)")
+    demo_parser.add_argument("--quick", action="store_true", help="a tenth of the work: every link, poor answers")
+
+    train_parser = command(
+        "train",
+        train,
+        "Train one stage by its recipe; the same command resumes it.",
+        "herdkit train recipe.yaml --run-dir runs/sft optimizer.lr=1e-3",
+    )
+    train_parser.add_argument("recipe", type=Path)
+    train_parser.add_argument("--run-dir", type=Path, required=True, help="holds everything about the run")
+    train_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
+
+    chat_parser = command(
+        "chat",
+        chat,
+        "Talk to a model about your own files. Without --prompt or --audio it reads lines from standard input.",
+        'herdkit chat runs/tiny-herd/model --image photo.jpg --prompt "what colour is the circle?"',
+    )
+    chat_parser.add_argument("model", type=Path, help="model directory")
+    for kind in ("image", "video", "audio"):
+        chat_parser.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help="may be repeated")
+    chat_parser.add_argument("--prompt", help="one question; the answer is printed and the program ends")
+    chat_parser.add_argument("--system", help="system prompt")
+    chat_parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    chat_parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    chat_parser.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
+    chat_parser.add_argument("--seed", type=int, default=None, help="of sampling")
+    return parser
+
+
+def demo(options: argparse.Namespace) -> None:
+    from .demos import report, tiny_herd
+
+    results = tiny_herd.run(options.out, seed=options.seed, quick=options.quick)
+    page = report.write(Path(results["out"]))
+    report.print_summary(results, page)
+    print(json.dumps({**results, "report": str(page)}))
+
+
+def train(options: argparse.Namespace) -> None:
+    from .train.config import load_recipe
+    from .train.parallel import process_group, rank
+    from .train.recipe import find_stage, read_stage_name
+
+    stage = find_stage(read_stage_name(options.recipe))
+    recipe = load_recipe(options.recipe, stage.recipe, options.overrides)
+    with process_group():
+        result = stage.run(recipe, options.run_dir)
+        if rank() == 0:
+            print(json.dumps(result))
+
+
+def chat(options: argparse.Namespace) -> None:
+    from .adapters.model_directory import load
+
+    model = load(options.model)
+    settings = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    messages: list[dict] = [{"role": "system", "content": options.system}] if options.system else []
+    media = [
+        {"type": kind, kind: file} for kind in ("image", "video", "audio") for file in getattr(options, kind)
+    ]
+
+    def turn(text: str) -> None:
+        messages.append({"role": "user", "content": [*media, *([{"type": "text", "text": text}] if text else [])]})
+        media.clear()
+        answer = ""
+        for piece in model.stream_chat(messages, **settings):
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+    if options.prompt is not None or options.audio:
+        turn(options.prompt or "")
+        return
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            turn(line.strip())

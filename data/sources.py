@@ -1,0 +1,62 @@
+"""The data section of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from .loader import Loader
+from .mixture import Mixture
+from .shards import Sample, ShardReader
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source of samples.
+
+    Args:
+        shards: path, glob or brace pattern of its tars ("captions-{000000..000011}.tar").
+        weight: share of the mixture relative to the other sources.
+    """
+
+    shards: str
+    weight: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What a stage trains on.
+
+    Args:
+        sources: mixed by weight, exactly at every prefix.
+        seed: of the order.
+        row_length: tokens of a row at most.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    seed: int = 0
+    row_length: int = 2048
+
+
+def open_loader(
+    data: DataConfig,
+    collate: Callable[[list[tuple[int, Sample]]], Batch],
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader[Batch]:
+    """Opens the shards and mixes them; `batch_size` is this process's.
+
+    Raises:
+        ValueError: there are no sources.
+        ShardError: a pattern matches no shard, or a shard is broken.
+    """
+    if not data.sources:
+        raise ValueError("data.sources is empty; name at least one set of shards")
+    parts = [(source.shards, ShardReader(source.shards), source.weight) for source in data.sources]
+    return Loader(
+        Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size
+    )

@@ -1,0 +1,308 @@
+"""Made pictures: a few coloured shapes on a 3 x 3 grid, sometimes with a written word, and questions on them.
+
+A `Scene` is the truth; `caption`, `questions` and `draw_scene` (in `.drawing`) are views of it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from .words import (
+    ALL_PAIRS,
+    COLOURS,
+    HELD_OUT_PAIRS,
+    NUMBERS,
+    PAIR_NAMES,
+    PLACE_NAMES,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TRAINING_PAIRS,
+    WRITTEN_WORDS,
+    Question,
+    listed,
+    plural,
+    with_article,
+)
+
+Split = Literal["train", "new", "combination", "text", "text new"]
+"""Which scenes: those to train on; new ones of the same (colour, shape) pairs; new ones with at least one
+held-out pair; and, for text, where nothing is seen, ones of all pairs: to train on, and new."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneObject:
+    shape: str
+    colour: str
+    size: str
+    column: int
+    row: int
+
+    @property
+    def place(self) -> str:
+        return PLACES[self.row][self.column]
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Objects in reading order, no two in one cell, no two of the same colour and shape.
+
+    Args:
+        objects: 1 to 4 objects.
+        word: a written word that fills the row `word_row` (0 or 2), or None.
+        size: (width, height) in pixels.
+    """
+
+    objects: tuple[SceneObject, ...]
+    word: str | None = None
+    word_row: int = 0
+    size: tuple[int, int] = (64, 64)
+
+    def held_out(self) -> bool:
+        """Whether the scene is one of the tenth that no training set shows (by a hash of its caption)."""
+        return zlib.crc32(caption(self).encode()) % 10 == 0
+
+
+MANY, FEW = (3, 5, 4, 1), (6, 3, 1, 0)
+"""Relative frequencies of scenes with one, two, three and four objects."""
+
+
+def sample_scene(rng: Random, split: Split = "train", counts: Sequence[int] = MANY) -> Scene:
+    """A random scene of a split; `counts` are relative frequencies of one to four objects."""
+    pairs = TRAINING_PAIRS if split in ("train", "new") else ALL_PAIRS
+    while True:
+        scene = _sample(rng, pairs, counts)
+        if scene.held_out() == (split not in ("train", "text")) and (split != "combination" or held_out_objects(scene)):
+            return scene
+
+
+def held_out_objects(scene: Scene) -> list[SceneObject]:
+    """Those whose colour and shape no training picture shows together."""
+    return [o for o in scene.objects if (o.colour, o.shape) in HELD_OUT_PAIRS]
+
+
+def _sample(rng: Random, pairs: Sequence[tuple[str, str]], counts: Sequence[int]) -> Scene:
+    count = rng.choices((1, 2, 3, 4), weights=counts)[0]
+    word = rng.choice(WRITTEN_WORDS) if rng.random() < 0.25 else None
+    word_row = rng.choice((0, 2)) if word else 0
+    cells = [(row, column) for row in range(3) for column in range(3) if word is None or row != word_row]
+    # Shapes and colours repeat often enough that counts above one are common.
+    shapes, colours = (rng.sample(options, rng.choice((2, 3, 4, 6))) for options in (SHAPES, list(COLOURS)))
+    chosen = [pair for pair in pairs if pair[0] in colours and pair[1] in shapes]
+    if len(chosen) < count:
+        chosen = list(pairs)
+    objects = [
+        SceneObject(colour=colour, shape=shape, size=rng.choice(SIZES), row=row, column=column)
+        for (row, column), (colour, shape) in zip(
+            sorted(rng.sample(cells, count)), rng.sample(chosen, count), strict=True
+        )
+    ]
+    size = rng.choices(((64, 64), (128, 64), (64, 128)), weights=(8, 1, 1))[0]
+    return Scene(objects=tuple(objects), word=word, word_row=word_row, size=size)
+
+
+def caption(scene: Scene) -> str:
+    """The whole scene in reading order: "a big red circle at the top left and a small star in the middle"."""
+    described = [
+        (o.row, f"{with_article(f'{o.size} {o.name}')} {'in' if o.place == 'middle' else 'at'} the {o.place}")
+        for o in scene.objects
+    ]
+    if scene.word is not None:
+        described.append((scene.word_row, f"the word {scene.word} at the {('top', '', 'bottom')[scene.word_row]}"))
+    return listed([phrase for _, phrase in sorted(described, key=lambda item: item[0])])
+
+
+def questions(
+    scene: Scene, rng: Random, pairs: Sequence[tuple[str, str]] = ALL_PAIRS, about: SceneObject | None = None
+) -> list[Question]:
+    """One question of every kind that the scene answers without doubt, in random order.
+
+    Args:
+        pairs: the (colour, shape) pairs that "is there a ..." may name. Questions on training pictures name
+            only pairs that training pictures show; else a model learns that the others are never there.
+        about: if given, only questions whose subject this object is.
+    """
+    asked = [kind(scene, rng, pairs, about) for kind in _KINDS]
+    found = [question for question in asked if question is not None]
+    rng.shuffle(found)
+    return found
+
+
+def reference(scene_objects: Sequence[SceneObject], one: SceneObject, rng: Random) -> str:
+    """Words that fit this object alone: "red star", or half of the time, where it is enough, "star"."""
+    alone = sum(o.shape == one.shape for o in scene_objects) == 1
+    return one.shape if alone and rng.random() < 0.5 else one.name
+
+
+_Pairs = Sequence[tuple[str, str]]
+
+
+def _pick(options: Sequence[SceneObject], about: SceneObject | None, rng: Random) -> SceneObject | None:
+    if about is not None:
+        options = [o for o in options if o is about]
+    return rng.choice(options) if options else None
+
+
+def _colour(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    shapes = [o.shape for o in scene.objects]
+    one = _pick([o for o in scene.objects if shapes.count(o.shape) == 1], about, rng)
+    if one is None:
+        return None
+    form = rng.choice(("what colour is the {}", "which colour is the {}", "what is the colour of the {}"))
+    return Question(kind="colour", question=form.format(one.shape), answer=one.colour, choices=tuple(COLOURS))
+
+
+def _shape(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    colours = [o.colour for o in scene.objects]
+    one = _pick([o for o in scene.objects if colours.count(o.colour) == 1], about, rng)
+    if one is None:
+        return None
+    form = rng.choice(("what shape is the {} object", "which shape is {}", "what is the {} object"))
+    return Question(kind="shape", question=form.format(one.colour), answer=one.shape, choices=SHAPES)
+
+
+def _size(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    one = about or rng.choice(scene.objects)
+    form = rng.choice(("is the {} big or small", "what size is the {}", "how big is the {}"))
+    return Question(
+        kind="size", question=form.format(reference(scene.objects, one, rng)), answer=one.size, choices=SIZES
+    )
+
+
+def _position(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    one = about or rng.choice(scene.objects)
+    form = rng.choice(("where is the {}", "where do you see the {}", "at which place is the {}"))
+    return Question(
+        kind="position",
+        question=form.format(reference(scene.objects, one, rng)),
+        answer=one.place,
+        choices=PLACE_NAMES,
+    )
+
+
+def _object_at(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    one = about or rng.choice(scene.objects)
+    where = f"{'in' if one.place == 'middle' else 'at'} the {one.place}"
+    form = rng.choice(("what is {}", "what do you see {}", "which object is {}"))
+    return Question(kind="object at", question=form.format(where), answer=one.name, choices=PAIR_NAMES)
+
+
+def _count(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    if about is not None:
+        return None
+    form = rng.choice(("how many objects are there", "how many objects do you see", "count the objects"))
+    return Question(kind="count", question=form, answer=NUMBERS[len(scene.objects)], choices=NUMBERS[1:5])
+
+
+def _count_some(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    """Objects of one shape or one colour; none of it in a fifth of the questions."""
+    attribute = rng.choice(("shape", "colour"))
+    values = list(SHAPES if attribute == "shape" else COLOURS)
+    present = sorted({getattr(o, attribute) for o in scene.objects}, key=values.index)
+    if about is not None:
+        value = getattr(about, attribute)
+    elif rng.random() < 0.2:
+        value = rng.choice([v for v in values if v not in present])
+    else:  # the more there are, the likelier the question, so that "one" is not always the answer
+        tally = [sum(getattr(o, attribute) == v for o in scene.objects) for v in present]
+        value = rng.choices(present, weights=[n**3 for n in tally])[0]
+    many = sum(getattr(o, attribute) == value for o in scene.objects)
+    things = plural(value) if attribute == "shape" else f"{value} objects"
+    form = rng.choice(("how many {} are there", "how many {} do you see", "count the {}"))
+    return Question(kind=f"count {attribute}", question=form.format(things), answer=NUMBERS[many], choices=NUMBERS[:5])
+
+
+def _exists(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    shown = {(o.colour, o.shape) for o in scene.objects}
+    if rng.random() < 0.5:
+        one = about or rng.choice(scene.objects)
+        pair, answer = (one.colour, one.shape), "yes"
+    else:
+        absent = [pair for pair in pairs if pair not in shown]
+        # Most absent pairs share the colour or the shape of something shown: only the pair is wrong.
+        near = [(c, s) for c, s in absent if any(c == o.colour or s == o.shape for o in scene.objects)]
+        if about is not None:
+            near = [(c, s) for c, s in near if c == about.colour or s == about.shape]
+        pair, answer = rng.choice(near if near and rng.random() < 0.7 else absent), "no"
+    form = rng.choice(("is there {}", "do you see {}", "can you see {}"))
+    return Question(
+        kind="exists",
+        question=form.format(with_article(" ".join(pair))),
+        answer=answer,
+        choices=("yes", "no"),
+    )
+
+
+_RELATIONS = (
+    ("left of", "column", -1),
+    ("right of", "column", 1),
+    ("above", "row", -1),
+    ("below", "row", 1),
+)
+
+
+def _relation(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    """Which object is left of another: asked where exactly one is."""
+    options = []
+    for words, axis, sign in _RELATIONS:
+        for other in scene.objects:
+            found = [o for o in scene.objects if sign * (getattr(o, axis) - getattr(other, axis)) > 0]
+            if len(found) == 1 and (about is None or found[0] is about):
+                options.append((words, found[0], other))
+    if not options:
+        return None
+    words, one, other = rng.choice(options)
+    form = rng.choice(("what is {} the {}", "which object is {} the {}", "what do you see {} the {}"))
+    name = reference(scene.objects, other, rng)
+    return Question(kind="relation", question=form.format(words, name), answer=one.name, choices=PAIR_NAMES)
+
+
+def _side(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    options = [
+        (one, other, words)
+        for one in scene.objects
+        for other in scene.objects
+        for words, axis in ((("left", "right"), "column"), (("above", "below"), "row"))
+        if getattr(one, axis) != getattr(other, axis) and (about is None or one is about)
+    ]
+    if not options:
+        return None
+    one, other, words = rng.choice(options)
+    axis = "column" if words[0] == "left" else "row"
+    answer = words[0] if getattr(one, axis) < getattr(other, axis) else words[1]
+    first, second = rng.sample(words, 2)
+    one_name, other_name = (reference(scene.objects, o, rng) for o in (one, other))
+    form = f"is the {one_name} {first} or {second} the {other_name}"
+    if axis == "column":
+        form = f"is the {one_name} {first} or {second} of the {other_name}"
+    return Question(kind="side", question=form, answer=answer, choices=words)
+
+
+def _word(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+    if scene.word is None or about is not None:
+        return None
+    form = rng.choice(("what word is written", "which word do you see", "what does the word say"))
+    return Question(kind="word", question=form, answer=scene.word, choices=WRITTEN_WORDS)
+
+
+_KINDS: tuple[Callable[..., Question | None], ...] = (
+    _colour,
+    _shape,
+    _size,
+    _position,
+    _object_at,
+    _count,
+    _count_some,
+    _exists,
+    _relation,
+    _side,
+    _word,
+)

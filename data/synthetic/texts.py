@@ -1,0 +1,238 @@
+"""Made chat dialogues that teach a small language model to answer, to copy and to look things up in context.
+
+They use the questions and answers of the made pictures, clips and speech, word for word, so that an adapter
+has only to bring the sense in: the frozen language model knows the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from random import Random
+
+from . import clips, scenes
+from .english import english_documents
+from .facts import Fact, facts, vocabulary
+from .words import (
+    COLOURS,
+    DIRECTIONS,
+    NUMBERS,
+    PLACE_NAMES,
+    SHAPES,
+    SIZES,
+    WRITTEN_WORDS,
+    Question,
+    plural,
+    typed,
+)
+
+__all__ = [
+    "COPY_PROMPT",
+    "DESCRIBE_CLIP",
+    "DESCRIBE_PICTURE",
+    "dialogues",
+    "english_documents",
+    "new_question",
+    "sentence",
+    "word_salad",
+]
+
+COPY_PROMPT = "Repeat after me in English:"
+"""The system prompt that asks for a transcript instead of an answer."""
+DESCRIBE_PICTURE = "describe the picture"
+DESCRIBE_CLIP = "describe the clip"
+
+Message = dict[str, str]
+
+
+def dialogues(rng: Random, count: int) -> Iterator[list[Message]]:
+    """`count` dialogues of one to six turns, each a list of messages of the dialog schema, text only."""
+    makers, weights = zip(*_MAKERS, strict=True)
+    for maker in rng.choices(makers, weights=weights, k=count):
+        yield maker(rng)
+
+
+def new_question(rng: Random) -> tuple[list[Message], Question]:
+    """A dialogue of one question, for tests: any fact, or a scene or clip that no training text describes."""
+    match rng.choice(("fact", "scene", "clip")):
+        case "fact":
+            fact = rng.choice(facts())
+            asked = Question(
+                kind=fact.kind, question=rng.choice(fact.phrasings), answer=fact.answer, choices=fact.choices
+            )
+            return _asked(asked, rng), asked
+        case "scene":
+            scene = scenes.sample_scene(rng, "text new")
+            description, asked = scenes.caption(scene), scenes.questions(scene, rng)[0]
+        case _:
+            clip = clips.sample_clip(rng, "text new")
+            description, asked = clips.caption(clip), clips.questions(clip, rng)[0]
+    return _described(description, [asked], rng), asked
+
+
+def sentence(rng: Random, *, held_out_facts: bool = False) -> str:
+    """A sentence as it may be spoken: a statement on a scene or clip, any question, or a word salad.
+
+    Lower-case words without punctuation. Facts that are held out of training speech are asked only on demand.
+    """
+    return rng.choices(_SENTENCES, weights=(3, 2, 3, 1.5, 2, 2))[0](rng, held_out_facts).replace(",", "")
+
+
+def recitation(rng: Random) -> str:
+    """A few random words said over and over. Attention heads that copy form on such text within a million tokens,
+    on prose not within a hundred; transcription needs them, and the language model cannot learn them later."""
+    words = word_salad(rng, 3, 8)
+    return " ".join([words] * (32 // len(words.split())))
+
+
+def word_salad(rng: Random, shortest: int = 2, longest: int = 6) -> str:
+    return " ".join(rng.choices(spoken_vocabulary(), k=rng.randint(shortest, longest)))
+
+
+@cache
+def spoken_vocabulary() -> tuple[str, ...]:
+    """Every word that made speech may hold."""
+    words = {
+        *vocabulary(),
+        *(*COLOURS, *SHAPES, *SIZES, *WRITTEN_WORDS, *DIRECTIONS, *NUMBERS),
+        *(word for place in PLACE_NAMES for word in place.split()),
+        *(plural(shape) for shape in SHAPES),
+        *["object", "objects", "see", "moves", "move", "stays", "stay", "then", "while", "word", "written", "there"],
+    }
+    return tuple(sorted(words))
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _asked(question: Question, rng: Random) -> list[Message]:
+    return [_user(typed(question.question, rng)), _assistant(question.answer)]
+
+
+@cache
+def _arithmetic_and_other() -> tuple[list[Fact], list[Fact]]:
+    sums = [fact for fact in facts() if fact.kind in ("sum", "difference")]
+    return sums, [fact for fact in facts() if fact.kind not in ("sum", "difference")]
+
+
+def _fact_dialogue(rng: Random, options: Sequence[Fact]) -> list[Message]:
+    messages = []
+    for fact in rng.choices(options, k=rng.choice((1, 2, 3, 4))):
+        messages += [_user(typed(rng.choice(fact.phrasings), rng)), _assistant(fact.answer)]
+    return messages
+
+
+def _arithmetic(rng: Random) -> list[Message]:
+    return _fact_dialogue(rng, _arithmetic_and_other()[0])
+
+
+def _knowledge(rng: Random) -> list[Message]:
+    return _fact_dialogue(rng, _arithmetic_and_other()[1])
+
+
+_SMALL_TALK = (
+    (("hello", "hi", "good morning", "good evening", "hello there"), "hello! how can i help you?"),
+    (("who are you", "what is your name", "what are you called", "tell me your name"), "i am Herd."),
+    (("what are you", "are you a person"), "i am Herd, a small model that can read, see and hear."),
+    (("how are you", "how are you today"), "i am well, thank you."),
+    (("what can you do", "how can you help me"), "i can read, see and hear, and i answer questions."),
+    (("thank you", "thanks", "thanks a lot"), "you are welcome."),
+    (("goodbye", "bye", "see you"), "goodbye!"),
+)
+
+
+def _talk(rng: Random) -> list[Message]:
+    messages = []
+    for forms, answer in rng.sample(_SMALL_TALK[:-1], rng.choice((1, 2, 3))):
+        text = rng.choice(forms)
+        if "?" in answer or answer.startswith("you"):
+            messages += [_user(text), _assistant(answer)]
+        else:
+            messages += [_user(typed(text, rng)), _assistant(answer)]
+    if rng.random() < 0.3:
+        messages += [_user(rng.choice(_SMALL_TALK[-1][0])), _assistant(_SMALL_TALK[-1][1])]
+    return messages
+
+
+def _copy(rng: Random) -> list[Message]:
+    text = sentence(rng) if rng.random() < 0.6 else word_salad(rng, 2, 10)
+    return [{"role": "system", "content": COPY_PROMPT}, _user(text), _assistant(text)]
+
+
+def _described(description: str, questions: Sequence[Question], rng: Random) -> list[Message]:
+    """The description stands where a picture or clip will stand: before the first question."""
+    first, *rest = [_asked(question, rng) for question in questions]
+    first[0] = _user(f"{description}. {first[0]['content']}")
+    return [message for turn in (first, *rest) for message in turn]
+
+
+def _scene(rng: Random) -> list[Message]:
+    scene = scenes.sample_scene(rng, "text")
+    if rng.random() < 0.06:
+        text = scenes.caption(scene)
+        return [_user(f"{text}. {DESCRIBE_PICTURE}"), _assistant(text)]
+    chosen = scenes.questions(scene, rng)[: rng.choice((1, 2, 3, 4))]
+    return _described(scenes.caption(scene), chosen, rng)
+
+
+def _clip(rng: Random) -> list[Message]:
+    clip = clips.sample_clip(rng, "text")
+    if rng.random() < 0.06:
+        text = clips.caption(clip)
+        return [_user(f"{text}. {DESCRIBE_CLIP}"), _assistant(text)]
+    return _described(clips.caption(clip), clips.questions(clip, rng)[: rng.choice((1, 2, 3))], rng)
+
+
+_MAKERS: tuple[tuple[Callable[[Random], list[Message]], float], ...] = (
+    (_arithmetic, 0.12),
+    (_knowledge, 0.25),
+    (_talk, 0.04),
+    (_copy, 0.25),
+    (_scene, 0.22),
+    (_clip, 0.12),
+)
+
+
+def _scene_statement(rng: Random, held_out_facts: bool) -> str:
+    one = rng.choice(scenes.sample_scene(rng, "text").objects)
+    where = f"{'in' if one.place == 'middle' else 'at'} the {one.place}"
+    form = rng.choice(("there is a {size} {name} {where}", "the {name} is {where}", "a {size} {name} {where}"))
+    return form.format(size=one.size, name=one.name, where=where)
+
+
+def _clip_statement(rng: Random, held_out_facts: bool) -> str:
+    return clips.caption(clips.sample_clip(rng, "text")).partition(" while ")[0]
+
+
+def _scene_question(rng: Random, held_out_facts: bool) -> str:
+    return scenes.questions(scenes.sample_scene(rng, "text"), rng)[0].question
+
+
+def _clip_question(rng: Random, held_out_facts: bool) -> str:
+    return clips.questions(clips.sample_clip(rng, "text"), rng)[0].question
+
+
+def _fact_question(rng: Random, held_out_facts: bool) -> str:
+    while True:
+        fact = rng.choice(facts())
+        if held_out_facts or not fact.held_out:
+            return rng.choice(fact.phrasings)
+
+
+def _salad(rng: Random, held_out_facts: bool) -> str:
+    return word_salad(rng)
+
+
+_SENTENCES: tuple[Callable[[Random, bool], str], ...] = (
+    _scene_statement,
+    _clip_statement,
+    _scene_question,
+    _clip_question,
+    _fact_question,
+    _salad,
+)

@@ -1,0 +1,236 @@
+"""The speech adapter (section 8.2.1 of "The Llama 3 Herd of Models", arXiv 2407.21783): Conformer frames of
+40 ms to soft tokens of 80 ms that stand in the text in place of the placeholder tokens.
+
+Letters in shapes: N utterances, F mel frames (10 ms), C mel bins, T encoder frames (40 ms), S soft tokens, D
+width of the language model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters.contract import Adapter, Contribution
+from ..data.media import MediaError, load_audio
+from ..text.model import FeedForward, RMSNorm, TransformerConfig
+from .conformer import Attention, Conformer, ConformerConfig, conformer_preset, rotations, valid_frames
+from .ctc import ctc_loss, greedy_ctc
+from .features import FeatureConfig, log_mel, pad_features
+
+
+@dataclass(kw_only=True)
+class SpeechAdapterConfig:
+    """Sizes of the encoder and of the adapter after it.
+
+    Args:
+        conformer: the encoder.
+        features: its input.
+        dim, ffn_dim: widths of the adapter's Transformer layer (the paper's: 3072 and 4096).
+        n_heads: its heads; the paper gives no number.
+        conv_kernel, conv_stride: of the convolution that shortens the sequence, in encoder frames; the kernel
+            is odd.
+        rope_theta, norm_eps: of the Transformer layer.
+        output_scale: root mean square of the soft tokens at the start; that of the language model's token
+            embeddings (`herdkit.adapters.projector.embedding_scale`) is a good value.
+        ctc_classes: classes of a CTC head on the encoder's frames, the blank (class 0) included; None for
+            none.
+    """
+
+    conformer: ConformerConfig
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    dim: int = 3072
+    ffn_dim: int = 4096
+    n_heads: int = 24
+    conv_kernel: int = 3
+    conv_stride: int = 2
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    output_scale: float = 0.02
+    ctc_classes: int | None = None
+    max_seconds: float = 60.0
+
+    def __post_init__(self):
+        for name in ("dim", "ffn_dim", "n_heads", "conv_kernel", "conv_stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
+            raise ValueError(f"dim ({self.dim}) must be an even multiple of n_heads ({self.n_heads})")
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel must be odd, not {self.conv_kernel}")
+        if self.output_scale <= 0:
+            raise ValueError(f"output_scale must be positive, not {self.output_scale}")
+        if self.ctc_classes is not None and self.ctc_classes < 2:
+            raise ValueError(f"ctc_classes must be at least 2 (the blank and a token), not {self.ctc_classes}")
+        if self.max_seconds <= 0:
+            raise ValueError(f"max_seconds must be positive, not {self.max_seconds}")
+        if self.features.n_mels != self.conformer.n_mels:
+            raise ValueError(
+                f"features.n_mels ({self.features.n_mels}) and conformer.n_mels ({self.conformer.n_mels}) must be equal"
+            )
+
+    def positions(self, samples: int) -> int:
+        """Soft tokens for so many samples of audio: ceil(ceil((samples // hop) / stack) / conv_stride) frames
+        and the two vectors around them.
+
+        Raises:
+            ValueError: fewer samples than one window, or more than `max_seconds`.
+        """
+        seconds = samples / self.features.sample_rate
+        if seconds > self.max_seconds:
+            raise ValueError(f"{seconds:.1f} s of audio is more than max_seconds ({self.max_seconds:g}); split it")
+        return -(-self.conformer.length(self.features.frames(samples)) // self.conv_stride) + 2
+
+
+def adapter_preset(name: str) -> SpeechAdapterConfig:
+    """A new config: "1b" (the paper's encoder and adapter, section 8.2.1) or "tiny", which a CPU trains in
+    minutes.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if name == "1b":
+        return SpeechAdapterConfig(conformer=conformer_preset("1b"))
+    if name == "tiny":
+        return SpeechAdapterConfig(conformer=conformer_preset("tiny"), dim=192, ffn_dim=512, n_heads=4)
+    raise ValueError(f"no speech adapter preset {name!r}; there are 1b and tiny")
+
+
+class SpeechPreparation:
+    """Waveforms to features; the adapter's `Preparation`."""
+
+    def __init__(self, config: SpeechAdapterConfig):
+        self.config = config
+
+    def load(self, source: Any) -> Tensor:
+        """A path, bytes or file object of audio, or (samples,) floating-point numbers in -1..1 at
+        `config.features.sample_rate` as a tensor or an array, to (samples,) float32.
+
+        Raises:
+            MediaError: what cannot be decoded, or is too short, too long, not one-dimensional or of integers.
+        """
+        if isinstance(source, Tensor | np.ndarray):
+            name, samples = "audio", torch.as_tensor(source)
+            if not samples.is_floating_point():
+                raise MediaError(name, f"samples of type {samples.dtype}; give floating-point ones in -1..1")
+            samples = samples.float()
+        else:
+            name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else "audio"
+            samples = load_audio(source, self.config.features.sample_rate)
+        try:
+            self.positions(samples)
+        except ValueError as error:
+            raise MediaError(name, error) from None
+        return samples
+
+    def positions(self, item: Tensor) -> int:
+        """Soft tokens of a waveform (samples,).
+
+        Raises:
+            ValueError: not one-dimensional, too short, too long.
+        """
+        if item.dim() != 1:
+            raise ValueError(f"a waveform has one dimension, not the shape {tuple(item.shape)}")
+        return self.config.positions(item.shape[0])
+
+    def __call__(self, items: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Waveforms to "features" (N, F, C) float32, zeros on the right, and "frames" (N,) int64."""
+        return pad_features([log_mel(item, self.config.features) for item in items])
+
+
+class SpeechAdapter(Adapter):
+    """Conformer, convolution of stride 2, one rotary Transformer layer over the whole utterance, linear
+    layer.
+
+    The paper wraps each stretch of speech in two new special tokens; here they are two learned vectors, the
+    first and the last soft token of every utterance, so that the language model's vocabulary stays as it is.
+
+    Attributes:
+        encoder: the `Conformer`, the part that BEST-RQ trains.
+        ctc: linear layer on the encoder's frames, or None.
+    """
+
+    modality = "speech"
+    part = "audio"
+    placeholder = "<|audio|>"
+    config_class = SpeechAdapterConfig
+
+    def __init__(self, config: SpeechAdapterConfig, text: TransformerConfig):
+        super().__init__(config, text)
+        self.prepare = SpeechPreparation(config)
+        self.encoder = Conformer(config.conformer)
+        self.ctc = None
+        if config.ctc_classes is not None:
+            self.ctc = nn.Linear(config.conformer.dim, config.ctc_classes)
+        self.shorten = nn.Conv1d(
+            config.conformer.dim,
+            config.dim,
+            config.conv_kernel,
+            stride=config.conv_stride,
+            padding=config.conv_kernel // 2,
+        )
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config.dim, config.n_heads, bias=False)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+        self.output = nn.Linear(config.dim, text.dim, bias=False)
+        # The gain starts at 1, and output_scale is a factor beside it: Adam's steps have the size of the
+        # learning rate whatever a weight's size, and would shake a gain of 0.02.
+        self.output_norm = RMSNorm(text.dim, config.norm_eps)
+        self.begin = nn.Parameter(torch.randn(text.dim))
+        self.end = nn.Parameter(torch.randn(text.dim))
+
+    def encode(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's frames (N, T, width) and their lengths (N,), for `bridge` and CTC; see
+        `Conformer`."""
+        return self.encoder(features, frames)
+
+    def bridge(self, encoded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder frames to soft tokens.
+
+        Args:
+            encoded: (N, T, width), zeros beyond each utterance, as `encode` gives them.
+            lengths: (N,) int64.
+
+        Returns:
+            (N, S, D): begin vector, frames, end vector, then zeros; and how many count, (N,).
+        """
+        config = self.config
+        # Under autocast the norms would get bfloat16 beside their float32 gains, a slow path.
+        x = self.shorten(encoded.transpose(1, 2)).transpose(1, 2).to(self.begin.dtype)
+        lengths = (lengths + config.conv_stride - 1) // config.conv_stride
+        valid = valid_frames(lengths, x.shape[1])
+        rotation = rotations(x.shape[1], config.dim // config.n_heads, config.rope_theta, x.device)
+        x = x + self.attention(self.attention_norm(x), rotation, valid)
+        x = x + self.feed_forward(self.ffn_norm(x))
+        x = self.output_norm(self.output(x).to(x.dtype)).masked_fill(~valid[..., None], 0)
+
+        begin, end = self.begin.expand(len(x), 1, -1), self.end
+        x = torch.cat((begin, x, torch.zeros_like(begin)), dim=1)
+        is_last = torch.arange(x.shape[1], device=x.device) == lengths[:, None] + 1
+        return torch.where(is_last[..., None], end, x) * config.output_scale, lengths + 2
+
+    def forward(self, batch: Mapping[str, Tensor], **required: Adapter) -> Contribution:
+        """Soft tokens (N, S, D) of a batch that `prepare` made."""
+        encoded, lengths = self.encode(batch["features"], batch["frames"])
+        return Contribution(soft_tokens=self.bridge(encoded, lengths)[0])
+
+    def ctc_loss(
+        self, encoded: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`herdkit.speech.ctc.ctc_loss` of the CTC head on what `encode` gave."""
+        return ctc_loss(self._ctc_logits(encoded), lengths, targets, target_lengths)
+
+    def greedy_ctc(self, encoded: Tensor, lengths: Tensor) -> list[list[int]]:
+        """`herdkit.speech.ctc.greedy_ctc` of the CTC head on what `encode` gave."""
+        return greedy_ctc(self._ctc_logits(encoded), lengths)
+
+    def _ctc_logits(self, encoded: Tensor) -> Tensor:
+        if self.ctc is None:
+            raise ValueError("the speech adapter has no CTC head; set ctc_classes in its config")
+        return self.ctc(encoded)

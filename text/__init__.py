@@ -1,0 +1,27 @@
+"""The language model: architecture, vocabulary, chat format, decoding, other layouts."""
+
+from .dialog import EncodedDialog, encode_dialog, encode_prompt
+from .generate import generate, stream
+from .interchange import config_from_hf, config_to_hf, from_hf_state_dict, to_hf_state_dict
+from .model import KVCache, RopeScaling, Transformer, TransformerConfig
+from .presets import preset
+from .tokenizer import StreamDecoder, Tokenizer
+
+__all__ = [
+    "EncodedDialog",
+    "KVCache",
+    "RopeScaling",
+    "StreamDecoder",
+    "Tokenizer",
+    "Transformer",
+    "TransformerConfig",
+    "config_from_hf",
+    "config_to_hf",
+    "encode_dialog",
+    "encode_prompt",
+    "from_hf_state_dict",
+    "generate",
+    "preset",
+    "stream",
+    "to_hf_state_dict",
+]

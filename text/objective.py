@@ -1,0 +1,33 @@
+"""The next-token objective of every text stage and of every stage that trains through the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .model import Transformer
+from .rows import IGNORE, TokenBatch
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+def next_token(model: Transformer, batch: TokenBatch) -> tuple[Tensor, Tensor, Metrics]:
+    """Cross-entropy of the labelled positions: (loss sum, number of targets, metrics)."""
+    hidden = model.hidden(batch.tokens, documents=batch.documents)
+    return token_loss(model, hidden, batch.labels)
+
+
+def token_loss(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+    """Summed cross-entropy of hidden states (B, T, D) against labels (B, T), `IGNORE` where there is none.
+
+    Only labelled positions are projected to the vocabulary: in a dialog most are not.
+    """
+    counted = labels != IGNORE
+    targets = labels[counted]
+    logits = model.unembed(hidden[counted]).float()
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    count = counted.sum()
+    right = (logits.detach().argmax(-1) == targets).sum()
+    return loss, count, {"accuracy": (right, count)}

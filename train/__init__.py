@@ -1,0 +1,53 @@
+"""How any objective is optimised: recipes, the loop, checkpoints, processes. Knows no modality."""
+
+from . import parallel
+from .checkpoint import CheckpointError, latest_complete
+from .config import (
+    FreezeRule,
+    GroupRule,
+    OptimizerConfig,
+    RecipeError,
+    ScheduleConfig,
+    TrainerConfig,
+    as_dict,
+    dump,
+    load_recipe,
+)
+from .freezing import FreezeRow, apply_freeze
+from .guard import NonFiniteError
+from .objective import Loader, Metrics, Objective, move
+from .progress import ProgressLine
+from .run_directory import RunDirectoryError, environment
+from .schedule import fraction
+from .state import load_weights, seed_everything
+from .trainer import LoaderExhaustedError, train
+
+__all__ = [
+    "CheckpointError",
+    "FreezeRow",
+    "FreezeRule",
+    "GroupRule",
+    "Loader",
+    "LoaderExhaustedError",
+    "Metrics",
+    "NonFiniteError",
+    "Objective",
+    "OptimizerConfig",
+    "ProgressLine",
+    "RecipeError",
+    "RunDirectoryError",
+    "ScheduleConfig",
+    "TrainerConfig",
+    "apply_freeze",
+    "as_dict",
+    "dump",
+    "environment",
+    "fraction",
+    "latest_complete",
+    "load_recipe",
+    "load_weights",
+    "move",
+    "parallel",
+    "seed_everything",
+    "train",
+]

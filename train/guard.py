@@ -1,0 +1,90 @@
+"""What stops a run or an update: values that are not finite, and a request to terminate."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not finite; no update was made with it."""
+
+
+class Guard:
+    """Decides whether an update is made. It sees values that are already summed over all processes and hence
+    equal on each, so that all decide alike without a word more.
+
+    Attributes:
+        skipped: updates left out because something was not finite.
+        empty: updates left out because there was no target in any batch of any process.
+        last_good: the newest checkpoint, for the message.
+    """
+
+    def __init__(self, non_finite: Literal["stop", "skip"], skipped: int = 0, empty: int = 0):
+        self.non_finite = non_finite
+        self.skipped = skipped
+        self.empty = empty
+        self.last_good: Path | None = None
+
+    def objection(
+        self, step: int, loss: float, count: float, norm: float, gradients: Mapping[str, Tensor]
+    ) -> str | None:
+        """None if update `step` can be made; else a line that says why it is left out.
+
+        Args:
+            loss: the loss sum, count: the number of targets, norm: the global gradient norm.
+            gradients: by name, read only to find the culprit.
+
+        Raises:
+            NonFiniteError: with non_finite "stop".
+        """
+        if math.isfinite(loss) and count == 0:
+            self.empty += 1
+            return f"step {step + 1}: no targets in any batch; no update ({self.empty} so far)"
+        if math.isfinite(loss) and math.isfinite(norm):
+            return None
+        if math.isfinite(loss):
+            bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            named = f" (first in {', '.join(bad[:3])})" if bad else ""
+            reason = f"the gradient norm is {norm}{named}"
+        else:
+            reason = f"the loss is {loss}"
+        if self.non_finite == "stop":
+            raise NonFiniteError(
+                f"step {step + 1}: {reason}; stopped before the update. Last good checkpoint: "
+                f"{self.last_good or 'none yet'}; to leave such updates out, set trainer.non_finite to skip"
+            )
+        self.skipped += 1
+        return f"step {step + 1}: {reason}; update skipped ({self.skipped} so far)"
+
+
+class Termination:
+    """Whether SIGTERM came."""
+
+    requested = False
+
+
+@contextmanager
+def termination() -> Iterator[Termination]:
+    """Turns SIGTERM, with which schedulers announce the end, into a wish that the loop reads between updates.
+    Outside the main thread, where Python allows no handlers, the signal keeps its meaning."""
+    wish = Termination()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish
+        return
+
+    def request(*_) -> None:
+        wish.requested = True
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGTERM, before)

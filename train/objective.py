@@ -1,0 +1,57 @@
+"""What the loop and a stage say to each other: the objective, the loader and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Metrics = Mapping[str, tuple[Tensor | float, Tensor | float]]
+"""Name to (sum, count). Sums and counts are added over micro-batches, processes and the updates between two
+lines of the log; what is logged is sum / count. A name may be absent where a batch has nothing to say on it.
+"""
+
+
+class Objective(Protocol):
+    """What a stage optimises: a plain function.
+
+    It returns the *sum* of the losses of the batch's targets and the number of targets, never a mean: the
+    trainer divides the gradients by the number of targets of the whole update, so that any split of the same
+    samples into micro-batches, processes or packed rows gives the same update.
+    """
+
+    def __call__(self, model: nn.Module, batch: Any, /) -> tuple[Tensor, Tensor | int, Metrics]:
+        """Runs under autocast (the backward pass does not).
+
+        Returns:
+            The loss sum (scalar, float32 or float64; without a gradient where the batch touches no trained
+            parameter), the number of targets (0 is fine), and metrics, detached.
+        """
+        ...
+
+
+class Loader(Protocol):
+    """A stream of micro-batches that goes on for as long as the run, and that can be put back in place.
+
+    `state_dict` describes what was consumed (not what was fetched ahead), the same on every process, in plain
+    JSON values; after `load_state_dict` of it a new iterator yields the batches that follow.
+    """
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The batch on a device: anything with `.to(device)`, and dicts, lists and tuples of such; other values
+    (strings, numbers) stay as they are."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        moved = [move(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch

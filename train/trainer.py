@@ -1,0 +1,305 @@
+"""The loop that every stage trains in.
+
+    result = train(model, loader, objective, trainer=..., optimizer=..., schedule=..., run_dir="runs/tiny")
+
+An update sums gradients of `accumulate` micro-batches on each process, and over the processes, and divides
+them once by the number of targets of all. Kill it at any moment and call it again: it goes on from the newest
+whole checkpoint, on the same layout bit for bit as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint, parallel
+from .config import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, as_dict
+from .files import finite, write_json
+from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, freeze_table, set_modes
+from .guard import Guard, Termination, termination
+from .meters import Meters
+from .objective import Loader, Objective, move
+from .optimizer import build_optimizer, set_learning_rate
+from .progress import ProgressLine
+from .run_directory import RunDirectoryError, open_run, read_result
+from .schedule import fraction
+from .state import (
+    capture,
+    capture_random,
+    fingerprint,
+    require_same_frozen,
+    restore,
+    restore_random,
+    same_random_afterwards,
+    seed_everything,
+)
+
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
+
+
+class LoaderExhaustedError(RuntimeError):
+    """The loader ended before the run did."""
+
+
+def train(
+    model: nn.Module,
+    loader: Loader,
+    objective: Objective,
+    *,
+    trainer: TrainerConfig,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    freeze: Sequence[FreezeRule] = (),
+    run_dir: str | Path,
+    description: str = "train",
+    resolved_recipe: dict[str, Any] | None = None,
+    evaluate: Evaluate | None = None,
+) -> dict[str, Any]:
+    """Trains a model in place, or resumes, or, where the run is finished, loads its final weights.
+
+    Args:
+        model: on the device to train on; what is to be trained is float32 (or float64), what is frozen may be
+            of any precision. On resume, frozen parameters must be those of the first start. Afterwards it has
+            the modes and the requires_grad that it had before.
+        loader: micro-batches of `trainer.micro_batch_size(parallel.world_size())` samples.
+        freeze: see `freezing.plan`; parameters that no rule names keep their requires_grad.
+        run_dir: holds everything about the run; the same one resumes it.
+        resolved_recipe: JSON values, recorded and compared on resume beside the configs given here.
+        evaluate: called as `evaluate(model, step)` on every process, in eval mode, without gradients, under
+            the same autocast; it may draw random numbers. The first process's values are logged.
+
+    Returns:
+        The content of result.json: "description", "steps", "samples", "tokens", "wall_seconds" (over all
+        starts), "parameters", "trained_parameters", "last" (last line of the log), "mean" (loss and metrics
+        over the run), "evaluation", "skipped_steps", "empty_steps", "peak_memory_bytes".
+
+    Raises:
+        ValueError: a config does not fit the model or the processes.
+        RunDirectoryError: the directory holds a run of another recipe, or a longer one.
+        CheckpointError: the checkpoint there does not fit the model.
+        NonFiniteError: see TrainerConfig.non_finite.
+        LoaderExhaustedError: the loader ended early.
+        SystemExit: after SIGTERM, once the update at hand is made and a checkpoint written.
+    """
+    with flags_restored(model):
+        run = _Run(
+            model=model,
+            loader=loader,
+            objective=objective,
+            config=trainer,
+            optimizer_config=optimizer,
+            schedule=schedule,
+            freeze=freeze,
+            run_dir=Path(run_dir),
+            description=description,
+            resolved_recipe=resolved_recipe or {},
+            evaluate=evaluate,
+        )
+        return run.finished or run.to_the_end()
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One call of `train`: what it was given, what it built, and where it stands."""
+
+    model: nn.Module
+    loader: Loader
+    objective: Objective
+    config: TrainerConfig
+    optimizer_config: OptimizerConfig
+    schedule: ScheduleConfig
+    freeze: Sequence[FreezeRule]
+    run_dir: Path
+    description: str
+    resolved_recipe: dict[str, Any]
+    evaluate: Evaluate | None
+
+    step: int = 0
+    """Finished updates."""
+    finished: dict[str, Any] | None = None
+    evaluation: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        parallel.require_process_group()
+        self.config.micro_batch_size(parallel.world_size())
+        configs = {"trainer": self.config, "optimizer": self.optimizer_config, "schedule": self.schedule}
+        self.recipe: dict[str, Any] = {name: as_dict(config) for name, config in configs.items()}
+        self.recipe |= {"freeze": [as_dict(rule) for rule in self.freeze], **self.resolved_recipe}
+
+        self.trained = ever_trained(self.model, self.freeze)
+        if not self.trained:
+            raise ValueError("nothing to train: every parameter is frozen")
+        self.device = next(self.model.parameters()).device
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        self.optimizer = build_optimizer(self.model, self.trained, self.optimizer_config)
+        self.frozen = fingerprint(self.model, self.trained)
+        self._open()
+
+    def _open(self) -> None:
+        """Finds where to go on, and goes there."""
+        silent = parallel.rank() > 0
+        self.progress = ProgressLine(self.description, self.config.steps, silent=silent)
+        newest = parallel.on_first(lambda: open_run(self.run_dir, self.recipe, self.progress.say))
+        saved = checkpoint.read_state(newest) if newest else {}
+        if newest:
+            self._restore(newest, saved)
+        else:
+            parallel.broadcast(list(capture(self.model, self.optimizer, self.trained).values()))
+        if len(saved.get("random", [])) == parallel.world_size():
+            restore_random(saved["random"][parallel.rank()])
+        else:  # a fresh start, or another number of processes
+            seed_everything(self.config.seed, parallel.rank(), self.step)
+        self.guard = Guard(self.config.non_finite, **saved.get("guard", {}))
+        self.guard.last_good = newest
+        self.meters = Meters(self.run_dir, self.step, saved.get("meters"))
+        self.progress.first = self.step
+
+    def _restore(self, path: Path, saved: dict[str, Any]) -> None:
+        self.step = saved["step"]
+        if self.step > self.config.steps:
+            raise RunDirectoryError(
+                f"{self.run_dir} is at step {self.step} already, past trainer.steps {self.config.steps}"
+            )
+        require_same_frozen(path, saved["frozen"], self.frozen)
+        restore(path, self.model, self.optimizer, self.trained)
+        if self.step == self.config.steps:
+            self.finished = parallel.on_first(lambda: read_result(self.run_dir, self.step))
+        if self.finished is not None:
+            self.progress.say(f"{self.description}: finished already; {path} is loaded")
+        else:
+            self.loader.load_state_dict(saved["loader"])
+            self.progress.say(f"{self.description}: resuming at step {self.step} from {path}")
+
+    def _apply_freeze(self) -> None:
+        self.rows = apply_freeze(self.model, self.freeze, self.step)
+        self.parameters = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.progress.say(freeze_table(self.rows, f"{self.description}: what trains from step {self.step} on"))
+
+    def to_the_end(self) -> dict[str, Any]:
+        """The loop."""
+        config = self.config
+        with self.progress, termination() as wish, closing(self._batches()) as batches:
+            self._apply_freeze()
+            changes = {step for step in change_steps(self.freeze) if step > self.step}
+            if self._evaluation_due():  # it was killed between its checkpoint and its evaluation
+                self.evaluation = self.meters.evaluation_of(self.step)
+                if self.evaluation is None:
+                    self._evaluate()
+            while self.step < config.steps:
+                if self.step in changes:
+                    self._apply_freeze()
+                stopping = self._update(batches, wish)
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last:
+                    self.meters.log(self.step, self.lr, self.norm, self.guard.skipped)
+                if last or self.progress.due():
+                    self.progress.update(self.step, self.meters.status())
+                if self.step % config.checkpoint_every == 0 or last or stopping:
+                    self._save()
+                if stopping and not last:
+                    self.progress.say(f"{self.description}: told to terminate; saved at step {self.step}")
+                    raise SystemExit(128 + signal.SIGTERM)
+                if self._evaluation_due():
+                    self._evaluate()
+        return self._result()
+
+    def _update(self, batches: Iterator[Any], wish: Termination) -> bool:
+        """One update of the weights; returns whether any process was told to terminate."""
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, targets, wishes to stop
+        metrics = []
+        for _ in range(self.config.accumulate):
+            batch = move(next(batches), self.device)
+            with self.autocast:
+                loss, count, measured = self.objective(self.model, batch)
+            if loss.requires_grad:
+                loss.backward()
+            totals[0] += loss.detach()
+            totals[1] += count
+            metrics.append(measured)
+        totals[2] += wish.requested
+        totals = parallel.sum_gradients([p for _, p in self.parameters], totals)
+        loss_sum, targets, stopping = totals.tolist()
+
+        gradients = {name: p.grad for name, p in self.parameters if p.grad is not None}
+        if gradients:
+            torch._foreach_div_(list(gradients.values()), targets or 1.0)  # pyright: ignore[reportPrivateImportUsage]
+        norm = nn.utils.get_total_norm(list(gradients.values()), foreach=True)
+        self.lr = self.optimizer_config.lr * fraction(self.schedule, self.step, self.config.steps)
+        self.norm = norm.item()
+        objection = self.guard.objection(self.step, loss_sum, targets, self.norm, gradients)
+        if objection is None:
+            if self.optimizer_config.clip_norm is not None:
+                touched = [p for name, p in self.parameters if name in gradients]
+                nn.utils.clip_grads_with_norm_(touched, self.optimizer_config.clip_norm, norm, foreach=True)
+            set_learning_rate(self.optimizer, self.lr)
+            self.optimizer.step()
+            self.meters.update(loss_sum, targets, self.config.batch_size, metrics)
+        else:
+            self.progress.say(f"{self.description}: {objection}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return stopping > 0
+
+    def _batches(self) -> Generator[Any]:
+        yield from self.loader
+        raise LoaderExhaustedError(
+            f"the loader ended at step {self.step} of {self.config.steps}: let it repeat its data, or set "
+            "trainer.steps to what it holds"
+        )
+
+    def _save(self) -> None:
+        with self.meters.pause():
+            state = {
+                "step": self.step,
+                "random": parallel.gather(capture_random()),
+                "loader": self.loader.state_dict(),
+                "freeze": self.recipe["freeze"],
+                "frozen": self.frozen,
+                "meters": self.meters.state_dict(),
+                "guard": {"skipped": self.guard.skipped, "empty": self.guard.empty},
+            }
+            tensors = capture(self.model, self.optimizer, self.trained)
+            self.guard.last_good = parallel.on_first(
+                lambda: checkpoint.save(self.run_dir, self.step, tensors, state, self.config.keep)
+            )
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluate_every
+        at_interval = every is not None and self.step % every == 0 and self.step > 0
+        return self.evaluate is not None and (at_interval or self.step == self.config.steps)
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        self.model.eval()
+        with self.meters.pause(), same_random_afterwards(), torch.no_grad(), self.autocast:
+            self.evaluation = self.evaluate(self.model, self.step)
+        set_modes(self.model)
+        self.meters.log_evaluation(self.step, self.evaluation)
+
+    def _result(self) -> dict[str, Any]:
+        trained = set(self.trained)
+        result = {
+            "description": self.description,
+            "steps": self.step,
+            "samples": self.meters.samples,
+            "tokens": round(self.meters.tokens),
+            "wall_seconds": self.meters.wall_seconds(),
+            "parameters": sum(row.parameters for row in self.rows),
+            "trained_parameters": sum(p.numel() for name, p in self.model.named_parameters() if name in trained),
+            "last": self.meters.last,
+            "mean": self.meters.means(),
+            "evaluation": self.evaluation,
+            "skipped_steps": self.guard.skipped,
+            "empty_steps": self.guard.empty,
+            "peak_memory_bytes": self.meters.peak_memory,
+        }
+        result = parallel.on_first(lambda: finite(result))
+        parallel.on_first(lambda: write_json(self.run_dir / "result.json", result))
+        return result

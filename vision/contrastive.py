@@ -1,0 +1,189 @@
+"""Image-text contrastive pre-training of the encoder: the two towers and the CLIP loss (section 7.2: ViT-H/14 on
+2.5 billion pairs; the paper gives neither the text tower nor the temperature)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed.nn.functional
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..text.presets import VOCAB_SIZE
+from .encoder import Block
+from .packed import Encoder
+
+Negatives = Literal["local", "global"]
+"""Which pairs a row is told from: those of its own process, or those of all processes, with exact gradients for
+the gathered features. A gather without gradients has the right loss and the wrong gradient, so there is none."""
+
+MAX_SCALE = 100.0
+
+
+@dataclass(kw_only=True)
+class TextTowerConfig:
+    """Sizes of the text tower.
+
+    Args:
+        vocab_size: of the tokenizer, special tokens included.
+        max_length: longest caption in tokens.
+        dim, n_layers, n_heads, ffn_dim: of the transformer.
+        attention: "causal" reads the state of the last token, as CLIP does; "bidirectional" the mean of all.
+    """
+
+    vocab_size: int = VOCAB_SIZE
+    max_length: int = 77
+    dim: int
+    n_layers: int
+    n_heads: int
+    ffn_dim: int
+    attention: Literal["causal", "bidirectional"] = "causal"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("vocab_size", "max_length", "dim", "n_layers", "n_heads", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim ({self.dim}) is no multiple of n_heads ({self.n_heads})")
+        if self.attention not in ("causal", "bidirectional"):
+            raise ValueError(f"attention must be 'causal' or 'bidirectional', not {self.attention!r}")
+
+
+class TextTower(nn.Module):
+    """A transformer over caption tokens with learned positions, pooled to one vector."""
+
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.position_embedding = nn.Parameter(torch.randn(config.max_length, config.dim) * 0.01)
+        self.layers = nn.ModuleList()
+        for _ in range(config.n_layers):
+            block = Block(config.dim, config.n_heads, config.ffn_dim, norm_eps=config.norm_eps, attention_bias=True)
+            block.init_weights(config.n_layers)
+            self.layers.append(block)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(N, T) int64 tokens, padded on the right, and their lengths (N,) int64 to (N, dim).
+
+        Raises:
+            ValueError: more tokens than `max_length`.
+        """
+        N, T = tokens.shape
+        if self.config.max_length < T:
+            raise ValueError(f"captions of {T} tokens; the text tower's max_length is {self.config.max_length}")
+        steps = torch.arange(T, device=tokens.device)
+        real = steps < lengths[:, None]
+        # Causal attention needs no padding mask: what is padded comes after what is read.
+        causal = self.config.attention == "causal"
+        mask = steps[:, None] >= steps if causal else real[:, None, None]
+        x = (self.token_embedding(tokens) + self.position_embedding[:T]).flatten(0, 1)
+        for layer in self.layers:
+            x = layer(x, [(N, T)], mask)
+        x = x.view(N, T, -1)
+        if causal:
+            return self.norm(x[torch.arange(N, device=x.device), lengths - 1])
+        weights = real[..., None] / lengths[:, None, None]
+        return (self.norm(x) * weights).sum(1)
+
+
+class ContrastiveModel(nn.Module):
+    """An image encoder and a text tower with projections into one space of width `dim`.
+
+    Args:
+        vision: any image encoder.
+        initial_scale: factor of the cosine similarities at the start; learned, at most 100 (CLIP's values).
+    """
+
+    def __init__(self, vision: Encoder, text: TextTower, dim: int, initial_scale: float = 1 / 0.07):
+        super().__init__()
+        self.vision = vision
+        self.text = text
+        self.image_projection = nn.Linear(vision.pooled_width, dim, bias=False)
+        self.text_projection = nn.Linear(text.config.dim, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(initial_scale)))
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    def encode_images(self, tiles: Tensor, n_tiles: Tensor, grid: Tensor) -> Tensor:
+        """Unit vectors (N, dim) float32; arguments as in `Encoder.forward`."""
+        return F.normalize(self.image_projection(self.vision.pooled(tiles, n_tiles, grid)).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Unit vectors (N, dim) float32; arguments as in `TextTower.forward`."""
+        return F.normalize(self.text_projection(self.text(tokens, lengths)).float(), dim=-1)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Image vectors, text vectors, and the scale, for `clip_loss`.
+
+        Args:
+            batch: `tiles`, `n_tiles`, `grid` as in `Encoder.forward`; `tokens`, `lengths` as in
+                `TextTower.forward`; row i of both is a pair.
+        """
+        images = self.encode_images(batch["tiles"], batch["n_tiles"], batch["grid"])
+        texts = self.encode_text(batch["tokens"], batch["lengths"])
+        return images, texts, self.scale()
+
+    def scale(self) -> Tensor:
+        """The factor of the similarities, (1,), at most 100."""
+        return Bounded.apply(self.logit_scale, math.log(MAX_SCALE)).exp()
+
+
+class Bounded(torch.autograd.Function):
+    """min(x, limit). Above the limit only gradients that lower x pass: a plain clamp would never let it return."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x > limit)
+        return x.clamp(max=limit)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (above,) = ctx.saved_tensors
+        return torch.where(above, grad.clamp(min=0), grad), None
+
+
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, scale: Tensor, *, negatives: Negatives = "global"
+) -> tuple[Tensor, int, dict[str, tuple[Tensor, int]]]:
+    """Symmetric cross-entropy of matching each image with its text and each text with its image.
+
+    The sums of loss and count over all processes give the loss of the whole batch, and the summed gradients
+    divided by the summed count its gradient: what `herdkit.train` does with every objective. Computed in float32
+    also under autocast, because logits reach +-100.
+
+    Args:
+        image_features, text_features: (N, D) unit vectors, row i of both a pair; N must be equal on all processes.
+        scale: (1,), factor of the similarities.
+        negatives: see `Negatives`; "global" is "local" where torch.distributed is not initialised.
+
+    Returns:
+        Loss summed over this process's N pairs; N; and metrics `image_to_text` and `text_to_image`, correct
+        matches and their number.
+    """
+    N, D = image_features.shape
+    with torch.autocast(image_features.device.type, enabled=False):
+        both = torch.cat([image_features, text_features], dim=1).float()
+        everyone, offset = both, 0
+        if negatives == "global" and torch.distributed.is_initialized():
+            everyone = torch.cat(torch.distributed.nn.functional.all_gather(both))
+            offset = N * torch.distributed.get_rank()
+        all_images, all_texts = everyone.split(D, dim=1)
+        images, texts = both.split(D, dim=1)
+        targets = torch.arange(offset, offset + N, device=both.device)
+        by_image = scale.float() * images @ all_texts.T
+        by_text = scale.float() * texts @ all_images.T
+        loss = F.cross_entropy(by_image, targets, reduction="sum")
+        loss = (loss + F.cross_entropy(by_text, targets, reduction="sum")) / 2
+    metrics = {
+        "image_to_text": ((by_image.argmax(1) == targets).sum(), N),
+        "text_to_image": ((by_text.argmax(1) == targets).sum(), N),
+    }
+    return loss, N, metrics

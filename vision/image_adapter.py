@@ -1,0 +1,132 @@
+"""The image adapter: encoder, projection and gated cross-attention layers in the language model (section 7.2 of the
+paper; sizes and placement as in the released Llama 3.2 Vision)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.contract import Adapter, Contribution, InterleavedLayer
+from ..adapters.cross_attention import GatedCrossAttention
+from ..text.model import TransformerConfig
+from .interchange import build_encoder
+from .tiles import ImagePreparation
+
+
+@dataclass(kw_only=True)
+class ImageAdapterConfig:
+    """Sizes of the image adapter; `preset` has those of the paper.
+
+    Args:
+        encoder: what `herdkit.vision.interchange.build_encoder` makes the encoder from, such as
+            {"type": "herdkit", "preset": "tiny"} or {"type": "timm", "model": "vit_base_patch16_224"}.
+        n_cross_layers: cross-attention layers in the language model, spread by `placement`.
+        ffn_dim: hidden width of their feed-forward branch; None for that of the language model.
+        gate_init: their gates before tanh at the start; 0 leaves the language model undisturbed.
+    """
+
+    encoder: dict[str, Any] = field(default_factory=lambda: {"type": "herdkit", "preset": "tiny"})
+    n_cross_layers: int
+    ffn_dim: int | None = None
+    gate_init: float = 0.0
+
+    def __post_init__(self):
+        if self.n_cross_layers < 1:
+            raise ValueError(f"n_cross_layers must be at least 1, not {self.n_cross_layers}")
+
+
+def preset(name: str) -> ImageAdapterConfig:
+    """A new config for the language model of that name: "tiny", "8b", "70b" or "405b". Tile size 448, as the base
+    model of the release and the paper's video stage have it. The paper does not give the number of layers at
+    405B; 32 fit its 100B parameters.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if name == "tiny":
+        return ImageAdapterConfig(n_cross_layers=3)
+    layers = {"8b": 8, "70b": 20, "405b": 32}
+    if name not in layers:
+        raise ValueError(f"no image adapter preset {name!r}; there are tiny, 8b, 70b and 405b")
+    encoder = {"type": "herdkit", "preset": "h14-448"}
+    return ImageAdapterConfig(encoder=encoder, n_cross_layers=layers[name])
+
+
+def placement(n_text_layers: int, n_cross_layers: int) -> list[int]:
+    """Before which text layers the cross-attention layers run: from the last one down, every
+    ceil(n_text_layers / n_cross_layers)-th. 32 and 8 give 3, 7, ..., 31.
+
+    Raises:
+        ValueError: the rule finds fewer places than layers.
+    """
+    step = -(-n_text_layers // n_cross_layers)
+    places = list(range(n_text_layers - 1, -1, -step))[:n_cross_layers]
+    if len(places) < n_cross_layers:
+        raise ValueError(
+            f"{n_cross_layers} cross-attention layers cannot be spread over {n_text_layers} text layers: every "
+            f"{step}th gives {len(places)}"
+        )
+    return places[::-1]
+
+
+def cross_attention(text: TransformerConfig, ffn_dim: int | None, gate_init: float) -> GatedCrossAttention:
+    """A layer with the language model's heads and width that reads memory of the same width."""
+    return GatedCrossAttention(
+        dim=text.dim,
+        n_heads=text.n_heads,
+        n_kv_heads=text.n_kv_heads,
+        ffn_dim=ffn_dim or text.ffn_dim,
+        memory_dim=text.dim,
+        norm_eps=text.norm_eps,
+        gate_init=gate_init,
+    )
+
+
+class ImageAdapter(Adapter):
+    """Images as memory for cross-attention. Each image stands in the text as one placeholder, whose embedding is
+    learned. Letters in shapes as in `herdkit.vision.packed`; D width of the language model."""
+
+    modality = "image"
+    part = "image"
+    placeholder = "<|image|>"
+    config_class = ImageAdapterConfig
+
+    def __init__(self, config: ImageAdapterConfig, text: TransformerConfig):
+        super().__init__(config, text)
+        self.encoder = build_encoder(config.encoder)
+        self.prepare = ImagePreparation(tile_size=self.encoder.image_size, max_tiles=self.encoder.max_tiles)
+        self.projection = nn.Linear(self.encoder.width, text.dim)
+        self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
+        self.cross_attention = nn.ModuleDict(
+            {
+                str(i): cross_attention(text, config.ffn_dim, config.gate_init)
+                for i in placement(text.n_layers, config.n_cross_layers)
+            }
+        )
+
+    def forward(self, batch: Mapping[str, Tensor], **required: Adapter) -> Contribution:
+        features, mask = self.encoder(batch["tiles"], batch["n_tiles"], batch["grid"])
+        memory = self.projection(features.flatten(1, 2))
+        soft = self.placeholder_embedding.expand(len(memory), 1, -1)
+        return Contribution(soft_tokens=soft, memory=memory, memory_mask=mask)
+
+    def encode_frames(self, tiles: Tensor, n_tiles: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames of clips, each encoded as an image of its own: features (N, F, T' * L, D) as in the memory, and
+        their mask (N, F, T' * L) bool.
+
+        Args:
+            tiles: (N, F, T, 3, s, s), F frames of each clip.
+            n_tiles, grid: (N,) and (N, 2), of every frame of a clip.
+        """
+        N, F = tiles.shape[:2]
+        features, mask = self.encoder(
+            tiles.flatten(0, 1), n_tiles.repeat_interleave(F), grid.repeat_interleave(F, dim=0)
+        )
+        return self.projection(features.flatten(1, 2)).unflatten(0, (N, F)), mask.unflatten(0, (N, F))
+
+    def interleaved(self) -> Mapping[int, InterleavedLayer]:
+        return {int(i): layer for i, layer in self.cross_attention.items()}  # type: ignore[misc]
