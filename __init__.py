@@ -1,10 +1,10 @@
 """Compositional multimodal models: one language model, kept unchanged, and the senses grafted onto it.
 
-    import herdkit
+import herdkit
 
-    model = herdkit.load("runs/tiny-herd/model")
-    model.chat([{"role": "user", "content": [
-        {"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "what is left of the circle?"}]}])
+model = herdkit.load("runs/tiny-herd/model")
+model.chat([{"role": "user", "content": [
+    {"type": "image", "image": "photo.jpg"}, {"type": "text", "text": "what is left of the circle?"}]}])
 """
 
 from .adapters.compose import ComposedModel, compose

@@ -115,9 +115,7 @@ def chat(options: argparse.Namespace) -> None:
     model = load(options.model)
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     messages: list[dict] = [{"role": "system", "content": options.system}] if options.system else []
-    media = [
-        {"type": kind, kind: file} for kind in ("image", "video", "audio") for file in getattr(options, kind)
-    ]
+    media = [{"type": kind, kind: file} for kind in ("image", "video", "audio") for file in getattr(options, kind)]
 
     def turn(text: str) -> None:
         messages.append({"role": "user", "content": [*media, *([{"type": "text", "text": text}] if text else [])]})

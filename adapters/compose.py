@@ -33,7 +33,7 @@ class RowMemory:
 
     def mask(self, columns: Tensor) -> Tensor:
         """(B, T) columns of the token rows to (B, T, K * M) bool, True where the column sees the entry."""
-        B, K, M = self.entries.shape
+        B, K, _ = self.entries.shape
         where = self.placements
         at = columns[where.row]
         hits = (where.start[:, None] <= at) & (at < where.end[:, None])
@@ -84,16 +84,12 @@ class ComposedModel(nn.Module):
             for attribute in ("placeholder", "part"):
                 if getattr(other, attribute) == getattr(adapter, attribute):
                     value = getattr(adapter, attribute)
-                    raise ValueError(
-                        f"cannot attach {name!r}: {other.modality!r} has the {attribute} {value!r}"
-                    )
+                    raise ValueError(f"cannot attach {name!r}: {other.modality!r} has the {attribute} {value!r}")
         if missing := set(adapter.requires) - set(self.modalities):
             raise ValueError(f"cannot attach {name!r} before the adapters it requires: {sorted(missing)}")
         n_layers = self.text.config.n_layers
         if outside := [i for i in adapter.interleaved() if not 0 <= i < n_layers]:
-            raise ValueError(
-                f"{name!r} has layers before text layers {outside}; the text model has {n_layers}"
-            )
+            raise ValueError(f"{name!r} has layers before text layers {outside}; the text model has {n_layers}")
         self.add_module(name, adapter)
         self.modalities.append(name)
 
@@ -147,9 +143,7 @@ class ComposedModel(nn.Module):
             ValueError: inputs of a modality that is not attached.
         """
         if unknown := set(inputs or {}) - set(self.modalities):
-            raise ValueError(
-                f"inputs of {sorted(unknown)}, but the model has {self.modalities or 'no adapters'}"
-            )
+            raise ValueError(f"inputs of {sorted(unknown)}, but the model has {self.modalities or 'no adapters'}")
         text_cache = cache.text if cache else None
         B, T = tokens.shape
         columns = torch.arange(T, device=tokens.device).expand(B, T)
@@ -212,9 +206,7 @@ class ComposedModel(nn.Module):
             for layer in self.adapters[name].interleaved().values():
                 # Keys and values are made once an input, so their projections are not a token's cost.
                 weights = sum(
-                    p.numel()
-                    for n, p in layer.named_parameters()
-                    if not n.endswith(("wk.weight", "wv.weight"))
+                    p.numel() for n, p in layer.named_parameters() if not n.endswith(("wk.weight", "wv.weight"))
                 )
                 total += 2 * weights + 4 * entries * self.text.config.dim
         return total

@@ -56,9 +56,7 @@ def load(path: str | os.PathLike, adapters: Sequence[str] | None = None) -> Comp
     path = Path(path)
     config = read_config(path)
     if missing := set(adapters or ()) - set(config["adapters"]):
-        raise ModelDirectoryError(
-            f"{path} has no adapter {sorted(missing)}; it has {list(config['adapters'])}"
-        )
+        raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {list(config['adapters'])}")
     text, tokenizer = load_text(path)
     model = ComposedModel(text, tokenizer)
     for name, entry in config["adapters"].items():
@@ -66,9 +64,7 @@ def load(path: str | os.PathLike, adapters: Sequence[str] | None = None) -> Comp
             continue
         try:
             kind = adapter_class(entry["type"])
-            adapter_config = dataclass_from_dict(
-                kind.config_class, entry["config"], f"adapters.{name}.config."
-            )
+            adapter_config = dataclass_from_dict(kind.config_class, entry["config"], f"adapters.{name}.config.")
             adapter = kind(adapter_config, text.config)
         except (LookupError, ValueError) as error:
             raise ModelDirectoryError(f"{path / 'config.json'}: adapter {name!r}: {error}") from error

@@ -63,9 +63,7 @@ def train_on_dialogs(
         raise ValueError(f"{recipe.init}: the model has no tokenizer")
     data = recipe.data
     ports = [Port.of(adapter) for adapter in model.adapters.values()]
-    collate = collator(
-        model.tokenizer, ports, row_length=data.row_length, turns=data.turns, packed=data.packed
-    )
+    collate = collator(model.tokenizer, ports, row_length=data.row_length, turns=data.turns, packed=data.packed)
     batch_size = recipe.trainer.micro_batch_size(world_size())
     loader = open_loader(data, collate, batch_size, rank(), world_size())
     result = train_by(recipe, model, loader, objective, run_dir)

@@ -57,6 +57,4 @@ def open_loader(
     if not data.sources:
         raise ValueError("data.sources is empty; name at least one set of shards")
     parts = [(source.shards, ShardReader(source.shards), source.weight) for source in data.sources]
-    return Loader(
-        Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size
-    )
+    return Loader(Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size)

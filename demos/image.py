@@ -5,11 +5,11 @@ python -m herdkit.demos.image runs/tiny-herd/model photo.jpg "what colour is the
 
 import sys
 
-import herdkit
+from .. import load
 
 
 def main(model_directory: str, picture: str, question: str) -> None:
-    model = herdkit.load(model_directory, adapters=["image"])
+    model = load(model_directory, adapters=["image"])
     user = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}
 
     for piece in model.stream_chat([user], max_new_tokens=64):

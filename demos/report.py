@@ -51,7 +51,7 @@ def write(out: Path) -> Path:
         "frozen language model with sight, motion and hearing grafted onto it; every question below is held out.</p>",
         "<h2>Results</h2>",
         result_table(results["exams"]),
-        "<p class=quiet>± is the 95% confidence interval, 1.96 √(S(1−S)/N). Chance guesses evenly among the "
+        "<p class=quiet>± is the 95% confidence interval, 1.96 √(S(1-S)/N). Chance guesses evenly among the "
         "possible answers of each question. “Without” is the same question asked without that input.</p>",
         f"<p>{unchanged_sentence(results['text_unchanged'])}</p>",
         "<h2>A conversation</h2>",
@@ -76,7 +76,7 @@ def write(out: Path) -> Path:
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
+    return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def main_figure(exam: dict[str, Any]) -> str:
@@ -87,17 +87,24 @@ def main_figure(exam: dict[str, Any]) -> str:
 
 def aim_of(exam: dict[str, Any]) -> str:
     if exam["aim"] is None:
-        return "–"
+        return "-"
     sign = "≤" if "word_error_rate" in exam else "≥"
     return f"{sign} {100 * exam['aim']:.0f}% {'✓' if exam['met'] else '✗'}"
 
 
 def without_of(exam: dict[str, Any]) -> str:
-    return ", ".join(f"{kind} {percent(value)}" for kind, value in exam["without"].items()) or "–"
+    return ", ".join(f"{kind} {percent(value)}" for kind, value in exam["without"].items()) or "-"
 
 
 def row_of(exam: dict[str, Any]) -> tuple[str, ...]:
-    return exam["title"], str(exam["count"]), main_figure(exam), aim_of(exam), percent(exam.get("chance")), without_of(exam)
+    return (
+        exam["title"],
+        str(exam["count"]),
+        main_figure(exam),
+        aim_of(exam),
+        percent(exam.get("chance")),
+        without_of(exam),
+    )
 
 
 HEADINGS = ("held-out set", "N", "result", "aim", "chance", "without")
@@ -235,7 +242,9 @@ def print_summary(results: dict[str, Any], page: Path) -> None:
     console.print(table)
     console.print(unchanged_sentence(results["text_unchanged"]))
     if results["quick"]:
-        console.print("This was a quick run: a tenth of the data and steps. The answers above are poor; see the full demo.")
+        console.print(
+            "This was a quick run: a tenth of the data and steps. The answers above are poor; see the full demo."
+        )
     for role, text in conversation(Path(results["out"])):
         words = " ".join(html.unescape(piece) for piece in text.split(">")[-1:])
         console.print(f"  [bold]{role}[/]: {words.strip()}", highlight=False)

@@ -5,11 +5,11 @@ python -m herdkit.demos.speech runs/tiny-herd/model question.wav
 
 import sys
 
-import herdkit
+from .. import load
 
 
 def main(model_directory: str, recording: str) -> None:
-    model = herdkit.load(model_directory, adapters=["speech"])
+    model = load(model_directory, adapters=["speech"])
     spoken = {"role": "user", "content": [{"type": "audio", "audio": recording}]}
 
     # The system prompt chooses the task (section 8.2.1 of the paper): none for dialogue, this one to transcribe.

@@ -224,9 +224,7 @@ def examine(out: Path, console: Console) -> dict[str, Any]:
         samples = ShardReader(str(out / "data" / exam.set / "*.tar"))
         asked: list[tuple[str, ...]] = [(), *exam.without]
         with bar(console, f"asking: {exam.title}", len(samples) * len(asked)) as progress:
-            found = [
-                kept_answers(out / "answers", exam, without, model, samples, progress) for without in asked
-            ]
+            found = [kept_answers(out / "answers", exam, without, model, samples, progress) for without in asked]
         exams.append(grade(exam, dict(zip(asked, found, strict=True))))
     return {"exams": exams, "text_unchanged": text_unchanged(out)}
 

@@ -5,12 +5,12 @@ python -m herdkit.demos.video runs/tiny-herd/model clip.mp4 "what happens first?
 
 import sys
 
-import herdkit
+from .. import load
 
 
 def main(model_directory: str, clip: str, question: str) -> None:
     # Video encodes its frames with the image adapter's encoder, so both are loaded.
-    model = herdkit.load(model_directory, adapters=["image", "video"])
+    model = load(model_directory, adapters=["image", "video"])
     user = {"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": question}]}
 
     for piece in model.stream_chat([user], max_new_tokens=64):

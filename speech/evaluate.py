@@ -34,9 +34,9 @@ def word_errors(references: Sequence[str], transcripts: Sequence[str]) -> WordEr
         raise ModuleNotFoundError('word error rates need jiwer: pip install "herdkit[evaluation]"') from error
     if len(references) != len(transcripts):
         raise ValueError(f"{len(references)} references, but {len(transcripts)} transcripts")
-    clean = [[" ".join(text.lower().split()) for text in texts] for texts in (references, transcripts)]
-    if not any(clean[0]):
+    spoken, heard = ([" ".join(text.lower().split()) for text in texts] for texts in (references, transcripts))
+    if not any(spoken):
         raise ValueError("the references hold no words")
-    counted = jiwer.process_words(*clean)
+    counted = jiwer.process_words(spoken, heard)
     errors = counted.substitutions + counted.insertions + counted.deletions
     return WordErrors(errors, counted.hits + counted.substitutions + counted.deletions)

@@ -172,6 +172,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(options[0], value, where) if len(options) == 1 else value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and value is not None:
         return dataclass_from_dict(hint, value, where)
-    if hint is tuple or origin is tuple:
+    if (hint is tuple or origin is tuple) and value is not None:
         return tuple(value)
     return value

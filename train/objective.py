@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Metrics = Mapping[str, tuple[Tensor | float, Tensor | float]]
 """Name to (sum, count). Sums and counts are added over micro-batches, processes and the updates between two
@@ -22,7 +22,7 @@ class Objective(Protocol):
     samples into micro-batches, processes or packed rows gives the same update.
     """
 
-    def __call__(self, model: nn.Module, batch: Any, /) -> tuple[Tensor, Tensor | int, Metrics]:
+    def __call__(self, model: Any, batch: Any, /) -> tuple[Tensor, Tensor | int, Metrics]:
         """Runs under autocast (the backward pass does not).
 
         Returns:

@@ -5,14 +5,13 @@ import pickle
 
 import pytest
 import torch
-from toy_adapters import TEXT, MemoryAdapter, SoftAdapter, SoftPreparation, ToyConfig, VectorPreparation, randomise
-
 from herdkit.adapters import DialogCollator, Port, compose
 from herdkit.adapters.batching import FOREVER, end_of_sight, split_turns
 from herdkit.adapters.objective import next_token
 from herdkit.data.dialogs import parse_dialog
 from herdkit.data.shards import Sample
 from herdkit.text import Tokenizer, Transformer
+from toy_adapters import TEXT, MemoryAdapter, SoftAdapter, SoftPreparation, ToyConfig, VectorPreparation, randomise
 
 
 class Stored:
@@ -106,7 +105,10 @@ def test_independent_turns_share_the_image_and_see_only_their_own_document(token
 def test_mixed_batches_equal_single_ones_in_loss(tokenizer):
     torch.manual_seed(0)
     config = dataclasses.replace(TEXT, vocab_size=tokenizer.vocab_size)
-    adapters = {"image": randomise(MemoryAdapter(ToyConfig(), config)), "speech": randomise(SoftAdapter(ToyConfig(), config))}
+    adapters = {
+        "image": randomise(MemoryAdapter(ToyConfig(), config)),
+        "speech": randomise(SoftAdapter(ToyConfig(), config)),
+    }
     model = compose(Transformer(config).double(), **adapters).eval()
     samples = [
         sample([ask(IMAGE, text("what")), say("a dog")], "0", a=torch.randn(3, 6).double()),
@@ -121,7 +123,9 @@ def test_mixed_batches_equal_single_ones_in_loss(tokenizer):
     collate = DialogCollator(tokenizer, ports())
     together = next_token(model, collate(list(enumerate(samples))))
     alone = [next_token(model, collate([(0, one)])) for one in samples]
-    packed = next_token(model, DialogCollator(tokenizer, ports(), packed=True, row_length=200)(list(enumerate(samples))))
+    packed = next_token(
+        model, DialogCollator(tokenizer, ports(), packed=True, row_length=200)(list(enumerate(samples)))
+    )
     assert int(together[1]) == sum(int(one[1]) for one in alone) == int(packed[1])
     torch.testing.assert_close(together[0], sum(one[0] for one in alone))
     torch.testing.assert_close(packed[0], together[0])

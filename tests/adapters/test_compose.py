@@ -116,9 +116,7 @@ def test_an_input_shown_in_several_documents_is_encoded_once_with_the_same_resul
         logits.square().sum().backward()
         gradients.append((logits.detach(), model.image.encoder.weight.grad.clone()))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
-    separate = [
-        model(tokens[:, at : at + 6], {"image": inputs_of(items, [(0, 1, 1, FOREVER, 0)])}) for at in (0, 6)
-    ]
+    separate = [model(tokens[:, at : at + 6], {"image": inputs_of(items, [(0, 1, 1, FOREVER, 0)])}) for at in (0, 6)]
     torch.testing.assert_close(gradients[0][0], torch.cat(separate, dim=1), rtol=0, atol=1e-10)
 
 
@@ -179,7 +177,7 @@ def test_video_layers_run_before_image_layers_whatever_the_order_of_inputs():
 def test_attach_and_detach():
     model = build(MemoryAdapter, VideoToy)
     names = set(model.text.state_dict())
-    with pytest.raises(ValueError, match="'video'.* require"):
+    with pytest.raises(ValueError, match=r"'video'.* require"):
         model.detach("image")
     video = model.detach("video")
     assert model.modalities == ["image"]

@@ -1,15 +1,14 @@
 import json
 from pathlib import Path
 
+import herdkit
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from toy_adapters import MemoryAdapter, SoftAdapter, ToyConfig, randomise
-
-import herdkit
 from herdkit.adapters import ModelDirectoryError, compose, register_adapter
 from herdkit.text import Tokenizer, Transformer, TransformerConfig
 from herdkit.text.model_directory import save_text
+from safetensors.torch import load_file, save_file
+from toy_adapters import MemoryAdapter, SoftAdapter, ToyConfig, randomise
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +26,9 @@ def model():
     config = TransformerConfig(
         dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=tokenizer.vocab_size, max_seq_len=64
     )
-    adapters = {kind.modality: randomise(kind(ToyConfig(width=5), config)).float() for kind in (MemoryAdapter, SoftAdapter)}
+    adapters = {
+        kind.modality: randomise(kind(ToyConfig(width=5), config)).float() for kind in (MemoryAdapter, SoftAdapter)
+    }
     return compose(Transformer(config), tokenizer, **adapters)
 
 

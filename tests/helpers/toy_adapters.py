@@ -56,9 +56,7 @@ class MemoryAdapter(Adapter):
         super().__init__(config, text)
         self.prepare = VectorPreparation()
         self.encoder = nn.Linear(config.width, text.dim)
-        self.layers = nn.ModuleList(
-            GatedCrossAttention(text.dim, 4, 2, 48, gate_init=0.7) for _ in self.layers_at
-        )
+        self.layers = nn.ModuleList(GatedCrossAttention(text.dim, 4, 2, 48, gate_init=0.7) for _ in self.layers_at)
 
     def interleaved(self):
         return dict(zip(self.layers_at, self.layers, strict=True))

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-
 from herdkit.adapters import Adapter, Contribution, Projector
+from torch import nn
 
 
 @dataclass(kw_only=True)

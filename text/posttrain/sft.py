@@ -51,9 +51,7 @@ class DialogTextCollator:
             dialog = encode_dialog(dialog_sample(sample, ()), self.tokenizer)
             if len(dialog.tokens) > self.row_length:
                 where = f"{sample.shard}: sample {sample.key}"
-                raise ValueError(
-                    f"{where}: {len(dialog.tokens)} tokens do not fit into rows of {self.row_length}"
-                )
+                raise ValueError(f"{where}: {len(dialog.tokens)} tokens do not fit into rows of {self.row_length}")
             documents.append(Document(dialog.tokens, dialog.targets))
         rows = pack([len(document.tokens) for document in documents], self.row_length)
         return lay_out([[documents[i] for i in row] for row in rows], self.tokenizer.pad_id, self.row_length)
