@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..data.dialogs import Message, dialog_sample
+from ..data.dialogs import Message, Part, dialog_sample
 from ..data.shards import Sample
 from .chat import reply_batch
 from .compose import ComposedModel
@@ -114,7 +114,8 @@ def answers(
 
 def leave_out(messages: Sequence[Message], types: Collection[str]) -> list[Message]:
     """The dialog without the parts of these types."""
-    return [Message(m.role, [p for p in m.parts if p.type not in types]) for m in messages]
+    kept = [(m.role, [p for p in m.parts if p.type not in types]) for m in messages]
+    return [Message(role, parts or [Part("text", text="")]) for role, parts in kept]
 
 
 def score(found: Collection[Answer]) -> Score:

@@ -42,4 +42,4 @@ class Projector(nn.Module):
 
 def embedding_scale(weight: Tensor) -> float:
     """Root mean square of a table of token embeddings (V, D), for `Projector.output_scale`."""
-    return float(torch.linalg.vector_norm(weight.float()) / weight.numel() ** 0.5)
+    return float(torch.linalg.vector_norm(weight.detach().float()) / weight.numel() ** 0.5)
