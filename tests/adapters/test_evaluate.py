@@ -1,5 +1,4 @@
 import pytest
-
 from herdkit.adapters.evaluate import Answer, leave_out, score, score_by_kind
 from herdkit.data.dialogs import parse_dialog
 
