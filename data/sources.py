@@ -20,10 +20,12 @@ class SourceConfig:
     Args:
         shards: path, glob or brace pattern of its tars ("captions-{000000..000011}.tar").
         weight: share of the mixture relative to the other sources.
+        name: belongs to the order of the samples; give one where the data may move during a run. Default: `shards`.
     """
 
     shards: str
     weight: float = 1.0
+    name: str = ""
 
 
 @dataclass(kw_only=True)
@@ -56,5 +58,5 @@ def open_loader(
     """
     if not data.sources:
         raise ValueError("data.sources is empty; name at least one set of shards")
-    parts = [(source.shards, ShardReader(source.shards), source.weight) for source in data.sources]
+    parts = [(source.name or source.shards, ShardReader(source.shards), source.weight) for source in data.sources]
     return Loader(Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size)
