@@ -22,8 +22,7 @@ class GatedCrossAttention(InterleavedLayer):
         memory_dim: width of the memory; the released model projects it to `dim` beforehand.
         norm_eps: epsilon of every RMSNorm.
         gate_init: value of both gates before tanh at the start. At 0, as released, the language model is
-            undisturbed, but only the two gates receive a gradient in the first step. At any other value the
-            output projections start at zero instead: it is just as undisturbed, and they learn at once.
+            undisturbed, but only the two gates receive a gradient in the first step.
 
     Parameters are named as in Meta's release (`gate_attn`, `gate_ffwd`, `attention.wq` and so on).
     """
@@ -47,9 +46,6 @@ class GatedCrossAttention(InterleavedLayer):
         self.ffn_norm = RMSNorm(dim, norm_eps)
         self.feed_forward = FeedForward(dim, ffn_dim)
         self.gate_ffwd = nn.Parameter(torch.full((1,), gate_init))
-        if gate_init:
-            nn.init.zeros_(self.attention.wo.weight)
-            nn.init.zeros_(self.feed_forward.w2.weight)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         return self.attention.keys_values(memory)
