@@ -159,7 +159,7 @@ class ComposedModel(nn.Module):
                 given = adapter(batch.tensors, **{other: getattr(self, other) for other in adapter.requires})
             if given.soft_tokens is not None:
                 base = self.text.embed(tokens) if embeddings is None else embeddings
-                embeddings = place_soft_tokens(base, given.soft_tokens, batch.placements, columns)
+                embeddings = place_soft_tokens(base, given.soft_tokens, batch.placements)
             if given.memory is not None:
                 memories.append(gather_memory(adapter, given, batch.placements, B))
 
@@ -244,7 +244,7 @@ def compose(text: Transformer, tokenizer: Tokenizer | None = None, **adapters: A
     return model
 
 
-def place_soft_tokens(embeddings: Tensor, soft: Tensor, where: Placements, columns: Tensor) -> Tensor:
+def place_soft_tokens(embeddings: Tensor, soft: Tensor, where: Placements) -> Tensor:
     """Puts the soft tokens (N, S, D) of each input over its placeholder positions in (B, T, D).
 
     Raises:

@@ -201,6 +201,9 @@ def train_link(link: Link, out: Path, seed: int, quick: bool, title: str, consol
         console.print(f"{title}: finished before")
         return
     console.print(f"[bold]{title}")
+    for stale in (out / "model", out / "answers"):  # of an earlier end of the chain
+        if stale.exists():
+            shutil.rmtree(stale)
     stage.run(recipe, run_dir)
     write_json(done, mine)
 
