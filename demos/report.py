@@ -54,7 +54,7 @@ def write(out: Path) -> Path:
         "<p class=quiet>± is the 95% confidence interval, 1.96 √(S(1-S)/N). Chance guesses evenly among the "
         "possible answers of each question. “Without” is the same question asked without that input.</p>",
         f"<p>{unchanged_sentence(results['text_unchanged'])}</p>",
-        "<h2>A conversation</h2>",
+        "<h2>Asked through each sense</h2>",
         *(f"<p><b>{html.escape(role)}:</b> {text}</p>" for role, text in conversation(out)),
         "<h2>Training</h2>",
         f'<img alt="loss curves" src="{loss_curves(out)}">',
@@ -199,7 +199,7 @@ def medium_source(kind: str, data: bytes) -> str:
 
 
 def conversation(out: Path) -> list[tuple[str, str]]:
-    """A dialog of several turns and senses with the finished model: (speaker, text as HTML) pairs."""
+    """Questions to the finished model through each sense, every one a dialog of its own: (speaker, HTML) pairs."""
     model = load(out / "model")
     picture = ShardReader(str(out / "data" / "image_questions_new" / "*.tar"))[0]
     clip = ShardReader(str(out / "data" / "video_questions_new" / "*.tar"))[0]
