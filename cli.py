@@ -17,7 +17,12 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 for what went wrong, 2 for wrong usage, 130 when interrupted."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes all positional arguments before the first option; overrides may come after it too.
+    if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         options.run(options)
     except KeyboardInterrupt:

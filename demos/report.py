@@ -54,7 +54,7 @@ def write(out: Path) -> Path:
         "<p class=quiet>± is the 95% confidence interval, 1.96 √(S(1-S)/N). Chance guesses evenly among the "
         "possible answers of each question. “Without” is the same question asked without that input.</p>",
         f"<p>{unchanged_sentence(results['text_unchanged'])}</p>",
-        "<h2>Asked through each sense</h2>",
+        "<h2>A conversation</h2>",
         *(f"<p><b>{html.escape(role)}:</b> {text}</p>" for role, text in conversation(out)),
         "<h2>Training</h2>",
         f'<img alt="loss curves" src="{loss_curves(out)}">',
@@ -199,18 +199,26 @@ def medium_source(kind: str, data: bytes) -> str:
 
 
 def conversation(out: Path) -> list[tuple[str, str]]:
-    """Questions to the finished model through each sense, every one a dialog of its own: (speaker, HTML) pairs."""
+    """One dialog of several turns in which every sense is used, on held-out inputs: (speaker, HTML) pairs."""
     model = load(out / "model")
-    picture = ShardReader(str(out / "data" / "image_questions_new" / "*.tar"))[0]
-    clip = ShardReader(str(out / "data" / "video_questions_new" / "*.tar"))[0]
-    question = ShardReader(str(out / "data" / "spoken_questions_heldout_voice" / "*.tar"))[0]
+    picture, clip, spoken = (
+        ShardReader(str(out / "data" / name / "*.tar"))[0]
+        for name in ("image_questions_new", "video_questions_new", "spoken_questions_heldout_voice")
+    )
+    follow_up = "how many objects are there"
     turns: list[tuple[str, list[dict[str, Any]]]] = [
         ("hello", [{"type": "text", "text": "hello"}]),
-        *((sample_words(sample), sample_parts(sample)) for sample in (picture, clip, question)),
+        (sample_words(picture), sample_parts(picture)),
+        (follow_up, [{"type": "text", "text": follow_up}]),
+        (sample_words(spoken), sample_parts(spoken)),
+        (sample_words(clip), sample_parts(clip)),
     ]
+    messages: list[dict[str, Any]] = []
     lines = []
     for shown, parts in turns:
-        answer = model.chat([{"role": "user", "content": parts}], max_new_tokens=48)
+        messages.append({"role": "user", "content": parts})
+        answer = model.chat(messages, max_new_tokens=48)
+        messages.append({"role": "assistant", "content": answer})
         images = "".join(
             f'<img alt="{part["type"]}" style="vertical-align:middle;max-height:6rem" '
             f'src="{medium_source(part["type"], part[part["type"]])}"> '

@@ -31,7 +31,8 @@ class TextTowerConfig:
     Args:
         vocab_size: of the tokenizer, special tokens included.
         max_length: longest caption in tokens.
-        dim, n_layers, n_heads, ffn_dim: of the transformer.
+        dim, n_layers, n_heads, ffn_dim: of the transformer. Without layers it is a bag of words: all that short
+            runs on simple captions need, and much faster learned.
         attention: "causal" reads the state of the last token, as CLIP does; "bidirectional" the mean of all.
     """
 
@@ -46,10 +47,12 @@ class TextTowerConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "max_length", "dim", "n_layers", "n_heads", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) < (least := 0 if name == "n_layers" else 1):
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.dim % self.n_heads:
             raise ValueError(f"dim ({self.dim}) is no multiple of n_heads ({self.n_heads})")
+        if self.n_layers == 0 and self.attention == "causal":
+            raise ValueError('without layers the last token knows of no other: attention must be "bidirectional"')
         if self.attention not in ("causal", "bidirectional"):
             raise ValueError(f"attention must be 'causal' or 'bidirectional', not {self.attention!r}")
 

@@ -22,6 +22,9 @@ from .packed import Encoder, PackedTiles
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+PATCH_NORM_EPS = 1e-2
+"""In units of pixels of deviation 1, so that the noise of an even patch is not blown up."""
+
 Groups = list[tuple[int, int]]
 """(images, tokens of each): how a packed sequence (S, D) is cut for attention."""
 
@@ -39,6 +42,10 @@ class VisionConfig:
         max_tiles: tiles of an image at most; with 1 there are no tile embeddings.
         norm_eps: epsilon of every LayerNorm.
         attention_bias, patch_bias: biases of attention and of the patch embedding; the released encoder has none.
+        patch_norm: a LayerNorm over the pixels of each patch before they are embedded (Dual PatchNorm, arXiv
+            2302.01327): what a patch shows counts, not how bright it is. Neither the paper nor CLIP has it.
+        position_std: deviation of the learned positions at the start; None for CLIP's, dim^-0.5, at which small
+            encoders learn where things are long after what they are.
         input_norm: a LayerNorm before the first layer, as in CLIP.
         activation: "quick_gelu" is that of OpenAI's CLIP weights.
         pooling: of `pooled`: the class token, or the mean of the patch tokens.
@@ -60,6 +67,8 @@ class VisionConfig:
     norm_eps: float = 1e-5
     attention_bias: bool = False
     patch_bias: bool = False
+    patch_norm: bool = False
+    position_std: float | None = None
     input_norm: bool = True
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     pooling: Literal["class", "mean"] = "class"
@@ -236,9 +245,11 @@ class VisionTransformer(Encoder):
         self.width, self.pooled_width = config.width, config.dim
         dim, tokens, tiles = config.dim, config.tokens, config.max_tiles
 
+        self.patch_norm = nn.LayerNorm(3 * config.patch_size**2, PATCH_NORM_EPS) if config.patch_norm else nn.Identity()
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, dim, bias=config.patch_bias)
         self.class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
-        self.position_embedding = nn.Parameter(torch.randn(tokens, dim) * dim**-0.5)
+        position_std = dim**-0.5 if config.position_std is None else config.position_std
+        self.position_embedding = nn.Parameter(torch.randn(tokens, dim) * position_std)
         if tiles > 1:
             self.tile_position_embedding = nn.Parameter(torch.empty(tiles, tiles, tokens, dim))
             self.position_gate = nn.Parameter(torch.zeros(1))
@@ -317,7 +328,8 @@ class VisionTransformer(Encoder):
         if height != self.image_size or width != self.image_size:
             raise ValueError(f"tiles of {width} x {height} pixels; the encoder takes {self.image_size} squared")
         patches = tiles.view(V, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        x = self.patch_embedding(patches.reshape(V, -1, 3 * p * p).to(self.patch_embedding.weight.dtype))
+        patches = patches.reshape(V, -1, 3 * p * p).to(self.patch_embedding.weight.dtype)
+        x = self.patch_embedding(self.patch_norm(patches))
         tiled = self.max_tiles > 1
         if tiled:
             x = x + real * self.pre_tile_gate.tanh() * self.pre_tile_embedding[where]

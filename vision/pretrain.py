@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from ..adapters.model_directory import load
@@ -39,6 +41,8 @@ class ContrastiveRecipe(StageRecipe):
         text_tower: sizes of the text tower; its vocabulary is the tokenizer's.
         embedding_dim: width of the space that both towers share.
         data: samples with an image and its caption in the member `txt`.
+        grayscale: share of the images that lose their colours, whatever the caption says of them (as in SimCLR,
+            arXiv 2002.05709): shapes are then learned apart from the colours that they are seen in.
     """
 
     init: str
@@ -46,15 +50,22 @@ class ContrastiveRecipe(StageRecipe):
     text_tower: TextTowerConfig
     embedding_dim: int
     data: DataConfig = field(default_factory=DataConfig)
+    grayscale: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.grayscale <= 1:
+            raise ValueError(f"grayscale must be within 0 and 1, not {self.grayscale}")
 
 
 class PairCollator:
-    """Samples with an image and a `txt` member to the batch of `ContrastiveModel`."""
+    """Samples with an image and a `txt` member to the batch of `ContrastiveModel`; `grayscale` as in the recipe,
+    decided by the sample's position in the run."""
 
-    def __init__(self, tokenizer: Tokenizer, prepare: ImagePreparation, max_length: int):
+    def __init__(self, tokenizer: Tokenizer, prepare: ImagePreparation, max_length: int, grayscale: float = 0.0):
         self.tokenizer = tokenizer
         self.prepare = prepare
         self.max_length = max_length
+        self.grayscale = grayscale
 
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> dict[str, Tensor]:
         """
@@ -62,11 +73,14 @@ class PairCollator:
             ValueError: a sample has no image; MediaError: it does not decode.
         """
         images, captions = [], []
-        for _, sample in samples:
+        for position, sample in samples:
             member = next((name for name in IMAGE_MEMBERS if name in sample.members), None)
             if member is None:
                 raise ValueError(f"{sample.shard}: sample {sample.key} has none of {', '.join(IMAGE_MEMBERS)}")
-            images.append(self.prepare.load(sample.members[member]))
+            image = self.prepare.load(sample.members[member])
+            if Random(position).random() < self.grayscale:
+                image = ImageOps.grayscale(image).convert("RGB")
+            images.append(image)
             # Cut as CLIP does: the last token, which the tower reads, is always the end of the text.
             tokens = self.tokenizer.encode(sample.text("txt"))[: self.max_length - 1]
             captions.append(torch.tensor([*tokens, self.tokenizer.eos_id]))
@@ -87,7 +101,7 @@ def pretrain_encoder(recipe: ContrastiveRecipe, run_dir: Path) -> dict[str, Any]
     encoder = build_encoder(recipe.encoder)
     model = ContrastiveModel(encoder, TextTower(recipe.text_tower), recipe.embedding_dim)
     prepare = ImagePreparation(tile_size=encoder.image_size, max_tiles=encoder.max_tiles)
-    collate = PairCollator(tokenizer, prepare, recipe.text_tower.max_length)
+    collate = PairCollator(tokenizer, prepare, recipe.text_tower.max_length, recipe.grayscale)
     batch_size = recipe.trainer.micro_batch_size(world_size())
     loader = open_loader(recipe.data, collate, batch_size, rank(), world_size())
     result = train_by(recipe, model, loader, contrastive_objective, run_dir)

@@ -135,7 +135,13 @@ def _mover(clip: MovingScene, rng: Random) -> Question | None:
     one, _, words = _one_movement(clip, rng)
     form = rng.choice(("which object {}", "what {}", "what is the object that {}"))
     names = tuple(o.name for o in clip.objects)
-    return Question(kind="mover", question=form.format(words), answer=one.name, choices=names)
+    return Question(
+        kind="mover",
+        question=form.format(words),
+        answer=one.name,
+        choices=names,
+        form=f"the object that {words} is the {{}}",
+    )
 
 
 def _direction(clip: MovingScene, rng: Random) -> Question | None:
@@ -146,7 +152,14 @@ def _direction(clip: MovingScene, rng: Random) -> Question | None:
     form = rng.choice(("which way does {} move", "where does {} move", "in which direction does {} move"))
     if "object" in name:
         form = rng.choice(("which way does {} go", "where does {} go", "in which direction does {} go"))
-    return Question(kind="direction", question=form.format(name), answer=movement.direction, choices=DIRECTIONS)
+    sentence = f"{name} {'goes' if 'object' in name else 'moves'} {{}}"
+    return Question(
+        kind="direction",
+        question=form.format(name),
+        answer=movement.direction,
+        choices=DIRECTIONS,
+        form=sentence,
+    )
 
 
 def _happens(clip: MovingScene, rng: Random) -> Question | None:
@@ -182,6 +195,7 @@ def _attribute(clip: MovingScene, rng: Random) -> Question | None:
         question=form.format(attribute, words),
         answer=getattr(one, attribute),
         choices=tuple(COLOURS) if attribute == "colour" else SHAPES,
+        form=f"the object that {words} is {'' if attribute == 'colour' else 'a '}{{}}",
     )
 
 

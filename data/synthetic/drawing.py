@@ -11,14 +11,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .clips import MovingScene
-from .scenes import Scene, SceneObject
+from .scenes import SIDE, Scene, SceneObject
 from .words import COLOURS
 
 _SUPERSAMPLE = 4
-_RADIUS = {"big": 9.3, "small": 5.9}
-"""Pixels from the centre to the far edge: 19 and 12 pixels across, in cells of at least 21."""
-_PATCH = 24
-_WORD_HEIGHT = 17
+_CELL = SIDE / 3
+_RADIUS = {"big": 14.5, "small": 9.0}
+"""Pixels from the centre to the far edge: 29 and 18 pixels across, in cells of 32."""
+_PATCH = 40
+_WORD_HEIGHT = 26
 
 
 def draw_scene(scene: Scene, rng: Random) -> Image.Image:
@@ -26,18 +27,26 @@ def draw_scene(scene: Scene, rng: Random) -> Image.Image:
     width, height = scene.size
     picture, dark = _ground(width, height, rng)
     for one in scene.objects:
-        x = (one.column + 0.5) * width / 3 + rng.uniform(-1.6, 1.6)
-        y = (one.row + 0.5) * height / 3 + rng.uniform(-1.6, 1.6)
+        x, y = (
+            _middle(cell, length, rng) + rng.uniform(-2.4, 2.4)
+            for cell, length in ((one.column, width), (one.row, height))
+        )
         _paste(picture, _mask(one, x, y, _scale(rng)), _tint(one.colour, rng))
     if scene.word is not None:
-        y = (scene.word_row + 0.5) * height / 3 + rng.uniform(-1, 1)
-        x = width / 2 + rng.uniform(-2, 2)
+        y = (scene.word_row + 0.5) * height / 3 + rng.uniform(-1.5, 1.5)
+        x = width / 2 + rng.uniform(-3, 3)
         ink = (235, 235, 235) if dark else (20, 20, 20)
         ImageDraw.Draw(picture).text((x, y), scene.word, fill=ink, font=_font(), anchor="mm")
     return picture
 
 
-def draw_clip(clip: MovingScene, frames: int, rng: Random, size: int = 64) -> list[np.ndarray]:
+def _middle(cell: int, length: int, rng: Random) -> float:
+    """The middle of one of the squares that a cell of the grid holds along an axis of `length` pixels."""
+    squares = length // SIDE
+    return (cell * squares + rng.randrange(squares) + 0.5) * _CELL
+
+
+def draw_clip(clip: MovingScene, frames: int, rng: Random, size: int = SIDE) -> list[np.ndarray]:
     """`frames` pictures over the whole clip, each (size, size, 3) uint8.
 
     Movement takes the middle 90 % of the clip; the ground stays the same, so that only objects change.
@@ -45,7 +54,7 @@ def draw_clip(clip: MovingScene, frames: int, rng: Random, size: int = 64) -> li
     ground, _ = _ground(size, size, rng)
     tints = [_tint(o.colour, rng) for o in clip.objects]
     scales = [_scale(rng) for _ in clip.objects]
-    jitters = [(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in clip.objects]
+    jitters = [(rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)) for _ in clip.objects]
     masks: dict[tuple[int, float, float], _Mask] = {}  # most objects stand still in most frames
     drawn = []
     for number in range(frames):

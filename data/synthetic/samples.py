@@ -51,12 +51,12 @@ def _asked(questions: Sequence[Question], medium: Part, rng: Random) -> list[dic
     messages = []
     for question in questions:
         text = texts.typed(question.question, rng)
-        messages += [_user(text) if messages else _user(medium, text), _assistant(question.answer)]
+        messages += [_user(text) if messages else _user(medium, text), _assistant(question.sentence)]
     return messages
 
 
 def _of(question: Question) -> dict[str, Any]:
-    return {"kind": question.kind, "choices": question.choices}
+    return {"kind": question.kind, "choices": question.sentences}
 
 
 def english(sets: Sequence[str], seed: int, start: int, stop: int) -> list[Made]:
@@ -85,14 +85,20 @@ def new_dialogues(sets: Sequence[str], seed: int, start: int, stop: int) -> list
 
 
 def captions(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Split) -> list[Made]:
-    """Captioned pictures of few objects: what is seen and where is learned before which of many is meant."""
+    """Captioned pictures. Most dialogs want a sentence on every object, some the caption; the member `txt`, for
+    contrastive training, is a caption that leaves much out."""
     made: list[Made] = []
     for index in range(start, stop):
         rng = _rng(seed, "caption", split, index)
-        scene = scenes.sample_scene(rng, split, scenes.FEW)
-        png = encoding.png(drawing.draw_scene(scene, rng))
-        captioned = _captioned(_media("image", "png"), scenes.caption(scene), texts.DESCRIBE_PICTURE, rng)
-        made.append((sets[0], f"{index:06d}", {"png": png, **captioned}))
+        scene = scenes.sample_scene(rng, split)
+        png, medium = encoding.png(drawing.draw_scene(scene, rng)), _media("image", "png")
+        if rng.random() < 0.7:
+            text = scenes.statements(scene, rng)
+            dialog = {"messages": [_user(medium, texts.DESCRIBE_OBJECTS), _assistant(text)]}
+        else:
+            dialog = _captioned(medium, scenes.caption(scene), texts.DESCRIBE_PICTURE, rng)["json"]
+        members = {"png": png, "txt": scenes.partial_caption(scene, rng), "json": dialog}
+        made.append((sets[0], f"{index:06d}", members))
     return made
 
 
@@ -204,7 +210,7 @@ def two_senses(sets: Sequence[str], seed: int, start: int, stop: int, *, split: 
             question = scenes.questions(scene, rng, TRAINING_PAIRS)[0]
             flac, voice = _spoken(espeak, question.question, split, rng)
             user = _user(_media("image", "png"), _media("audio", "flac"))
-            content = {"messages": [user, _assistant(question.answer)], **_of(question), "voice": voice}
+            content = {"messages": [user, _assistant(question.sentence)], **_of(question), "voice": voice}
             members = {"png": png, "flac": flac, "txt": question.question, "json": content}
             made.append((sets[0], f"{index:06d}", members))
     return made

@@ -6,7 +6,7 @@ A `Scene` is the truth; `caption`, `questions` and `draw_scene` (in `.drawing`) 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -31,7 +31,12 @@ from .words import (
 
 Split = Literal["train", "new", "combination", "text", "text new"]
 """Which scenes: those to train on; new ones of the same (colour, shape) pairs; new ones with at least one
-held-out pair; and, for text, where nothing is seen, ones of all pairs: to train on, and new."""
+held-out pair; and, for texts, ones of all pairs: to train on, and new. A language model knows the words "red star"
+before it has seen one."""
+
+
+SIDE = 96
+"""Pixels of the side of a square picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +69,18 @@ class Scene:
     objects: tuple[SceneObject, ...]
     word: str | None = None
     word_row: int = 0
-    size: tuple[int, int] = (64, 64)
+    size: tuple[int, int] = (SIDE, SIDE)
 
     def held_out(self) -> bool:
         """Whether the scene is one of the tenth that no training set shows (by a hash of its caption)."""
         return zlib.crc32(caption(self).encode()) % 10 == 0
 
 
-MANY, FEW = (3, 5, 4, 1), (6, 3, 1, 0)
-"""Relative frequencies of scenes with one, two, three and four objects."""
-
-
-def sample_scene(rng: Random, split: Split = "train", counts: Sequence[int] = MANY) -> Scene:
-    """A random scene of a split; `counts` are relative frequencies of one to four objects."""
+def sample_scene(rng: Random, split: Split = "train") -> Scene:
+    """A random scene of a split."""
     pairs = TRAINING_PAIRS if split in ("train", "new") else ALL_PAIRS
     while True:
-        scene = _sample(rng, pairs, counts)
+        scene = _sample(rng, pairs)
         if scene.held_out() == (split not in ("train", "text")) and (split != "combination" or held_out_objects(scene)):
             return scene
 
@@ -89,8 +90,8 @@ def held_out_objects(scene: Scene) -> list[SceneObject]:
     return [o for o in scene.objects if (o.colour, o.shape) in HELD_OUT_PAIRS]
 
 
-def _sample(rng: Random, pairs: Sequence[tuple[str, str]], counts: Sequence[int]) -> Scene:
-    count = rng.choices((1, 2, 3, 4), weights=counts)[0]
+def _sample(rng: Random, pairs: Sequence[tuple[str, str]]) -> Scene:
+    count = rng.choices((1, 2, 3, 4), weights=(3, 5, 4, 1))[0]
     word = rng.choice(WRITTEN_WORDS) if rng.random() < 0.25 else None
     word_row = rng.choice((0, 2)) if word else 0
     cells = [(row, column) for row in range(3) for column in range(3) if word is None or row != word_row]
@@ -105,19 +106,60 @@ def _sample(rng: Random, pairs: Sequence[tuple[str, str]], counts: Sequence[int]
             sorted(rng.sample(cells, count)), rng.sample(chosen, count), strict=True
         )
     ]
-    size = rng.choices(((64, 64), (128, 64), (64, 128)), weights=(8, 1, 1))[0]
+    size = rng.choices(((SIDE, SIDE), (2 * SIDE, SIDE), (SIDE, 2 * SIDE)), weights=(8, 1, 1))[0]
     return Scene(objects=tuple(objects), word=word, word_row=word_row, size=size)
 
 
-def caption(scene: Scene) -> str:
-    """The whole scene in reading order: "a big red circle at the top left and a small star in the middle"."""
-    described = [
-        (o.row, f"{with_article(f'{o.size} {o.name}')} {'in' if o.place == 'middle' else 'at'} the {o.place}")
-        for o in scene.objects
-    ]
+_ATTRIBUTES = ("size", "colour", "shape", "place")
+_MENTIONED = (
+    ("shape",),
+    ("size", "shape"),
+    ("shape", "place"),
+    ("size", "shape", "place"),
+    ("colour", "place"),
+    _ATTRIBUTES,
+)
+
+
+def caption(scene: Scene, mentioned: Collection[str] = _ATTRIBUTES) -> str:
+    """The scene in reading order: "a big red circle at the top left and a small green star in the middle".
+
+    Args:
+        mentioned: of size, colour, shape and place; without its shape, an object is an "object".
+    """
+    described = []
+    for o in scene.objects:
+        words = [o.size] * ("size" in mentioned) + [o.colour] * ("colour" in mentioned)
+        phrase = with_article(" ".join([*words, o.shape if "shape" in mentioned else "object"]))
+        where = f" {'in' if o.place == 'middle' else 'at'} the {o.place}" if "place" in mentioned else ""
+        described.append((o.row, phrase + where))
     if scene.word is not None:
         described.append((scene.word_row, f"the word {scene.word} at the {('top', '', 'bottom')[scene.word_row]}"))
     return listed([phrase for _, phrase in sorted(described, key=lambda item: item[0])])
+
+
+def partial_caption(scene: Scene, rng: Random) -> str:
+    """A caption that may leave out attributes, colour more often than shape: in contrastive training it keeps
+    what is easily seen from being all that an encoder needs."""
+    return caption(scene, rng.choice(_MENTIONED))
+
+
+def statements(scene: Scene, rng: Random) -> str:
+    """A sentence on each object in random order. Each first says which object it is about, by its place, colour,
+    shape or name, and then the rest: to go on, one has to look that object up."""
+    said = []
+    for one in rng.sample(scene.objects, len(scene.objects)):
+        where = f"{'in' if one.place == 'middle' else 'at'} the {one.place}"
+        ways = [
+            f"{where} is {with_article(f'{one.size} {one.name}')}",
+            f"the {one.name} is {one.size} and {where}",
+        ]
+        if sum(o.colour == one.colour for o in scene.objects) == 1:
+            ways.append(f"the {one.colour} object is {with_article(f'{one.size} {one.shape}')} {where}")
+        if sum(o.shape == one.shape for o in scene.objects) == 1:
+            ways.append(f"the {one.shape} is {one.size}, {one.colour} and {where}")
+        said.append(rng.choice(ways))
+    return ". ".join(said)
 
 
 def questions(
@@ -157,7 +199,13 @@ def _colour(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None)
     if one is None:
         return None
     form = rng.choice(("what colour is the {}", "which colour is the {}", "what is the colour of the {}"))
-    return Question(kind="colour", question=form.format(one.shape), answer=one.colour, choices=tuple(COLOURS))
+    return Question(
+        kind="colour",
+        question=form.format(one.shape),
+        answer=one.colour,
+        choices=tuple(COLOURS),
+        form=f"the {one.shape} is {{}}",
+    )
 
 
 def _shape(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
@@ -166,25 +214,32 @@ def _shape(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) 
     if one is None:
         return None
     form = rng.choice(("what shape is the {} object", "which shape is {}", "what is the {} object"))
-    return Question(kind="shape", question=form.format(one.colour), answer=one.shape, choices=SHAPES)
+    return Question(
+        kind="shape",
+        question=form.format(one.colour),
+        answer=one.shape,
+        choices=SHAPES,
+        form=f"the {one.colour} object is a {{}}",
+    )
 
 
 def _size(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
     one = about or rng.choice(scene.objects)
     form = rng.choice(("is the {} big or small", "what size is the {}", "how big is the {}"))
-    return Question(
-        kind="size", question=form.format(reference(scene.objects, one, rng)), answer=one.size, choices=SIZES
-    )
+    name = reference(scene.objects, one, rng)
+    return Question(kind="size", question=form.format(name), answer=one.size, choices=SIZES, form=f"the {name} is {{}}")
 
 
 def _position(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
     one = about or rng.choice(scene.objects)
     form = rng.choice(("where is the {}", "where do you see the {}", "at which place is the {}"))
+    name = reference(scene.objects, one, rng)
     return Question(
         kind="position",
-        question=form.format(reference(scene.objects, one, rng)),
+        question=form.format(name),
         answer=one.place,
         choices=PLACE_NAMES,
+        form=f"the {name} is {'in' if one.place == 'middle' else 'at'} the {{}}",
     )
 
 
@@ -192,7 +247,9 @@ def _object_at(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | No
     one = about or rng.choice(scene.objects)
     where = f"{'in' if one.place == 'middle' else 'at'} the {one.place}"
     form = rng.choice(("what is {}", "what do you see {}", "which object is {}"))
-    return Question(kind="object at", question=form.format(where), answer=one.name, choices=PAIR_NAMES)
+    return Question(
+        kind="object at", question=form.format(where), answer=one.name, choices=PAIR_NAMES, form=f"{where} is the {{}}"
+    )
 
 
 def _count(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
@@ -262,7 +319,13 @@ def _relation(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | Non
     words, one, other = rng.choice(options)
     form = rng.choice(("what is {} the {}", "which object is {} the {}", "what do you see {} the {}"))
     name = reference(scene.objects, other, rng)
-    return Question(kind="relation", question=form.format(words, name), answer=one.name, choices=PAIR_NAMES)
+    return Question(
+        kind="relation",
+        question=form.format(words, name),
+        answer=one.name,
+        choices=PAIR_NAMES,
+        form=f"{words} the {name} is the {{}}",
+    )
 
 
 def _side(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
@@ -283,14 +346,14 @@ def _side(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -
     form = f"is the {one_name} {first} or {second} the {other_name}"
     if axis == "column":
         form = f"is the {one_name} {first} or {second} of the {other_name}"
-    return Question(kind="side", question=form, answer=answer, choices=words)
+    return Question(kind="side", question=form, answer=answer, choices=words, form=f"the {one_name} is {{}}")
 
 
 def _word(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
     if scene.word is None or about is not None:
         return None
     form = rng.choice(("what word is written", "which word do you see", "what does the word say"))
-    return Question(kind="word", question=form, answer=scene.word, choices=WRITTEN_WORDS)
+    return Question(kind="word", question=form, answer=scene.word, choices=WRITTEN_WORDS, form="the word is {}")
 
 
 _KINDS: tuple[Callable[..., Question | None], ...] = (

@@ -29,6 +29,7 @@ from .words import (
 __all__ = [
     "COPY_PROMPT",
     "DESCRIBE_CLIP",
+    "DESCRIBE_OBJECTS",
     "DESCRIBE_PICTURE",
     "dialogues",
     "english_documents",
@@ -40,6 +41,7 @@ __all__ = [
 COPY_PROMPT = "Repeat after me in English:"
 """The system prompt that asks for a transcript instead of an answer."""
 DESCRIBE_PICTURE = "describe the picture"
+DESCRIBE_OBJECTS = "describe every object"
 DESCRIBE_CLIP = "describe the clip"
 
 Message = dict[str, str]
@@ -111,7 +113,7 @@ def _assistant(text: str) -> Message:
 
 
 def _asked(question: Question, rng: Random) -> list[Message]:
-    return [_user(typed(question.question, rng)), _assistant(question.answer)]
+    return [_user(typed(question.question, rng)), _assistant(question.sentence)]
 
 
 @cache
@@ -173,11 +175,14 @@ def _described(description: str, questions: Sequence[Question], rng: Random) -> 
 
 def _scene(rng: Random) -> list[Message]:
     scene = scenes.sample_scene(rng, "text")
-    if rng.random() < 0.06:
-        text = scenes.caption(scene)
-        return [_user(f"{text}. {DESCRIBE_PICTURE}"), _assistant(text)]
-    chosen = scenes.questions(scene, rng)[: rng.choice((1, 2, 3, 4))]
-    return _described(scenes.caption(scene), chosen, rng)
+    text = scenes.caption(scene)
+    match rng.choices(("questions", "objects", "picture"), weights=(6, 3, 1))[0]:
+        case "objects":
+            return [_user(f"{text}. {DESCRIBE_OBJECTS}"), _assistant(scenes.statements(scene, rng))]
+        case "picture":
+            return [_user(f"{text}. {DESCRIBE_PICTURE}"), _assistant(text)]
+    chosen = scenes.questions(scene, rng)[:4]
+    return _described(text, chosen, rng)
 
 
 def _clip(rng: Random) -> list[Message]:
@@ -185,16 +190,16 @@ def _clip(rng: Random) -> list[Message]:
     if rng.random() < 0.06:
         text = clips.caption(clip)
         return [_user(f"{text}. {DESCRIBE_CLIP}"), _assistant(text)]
-    return _described(clips.caption(clip), clips.questions(clip, rng)[: rng.choice((1, 2, 3))], rng)
+    return _described(clips.caption(clip), clips.questions(clip, rng)[:3], rng)
 
 
 _MAKERS: tuple[tuple[Callable[[Random], list[Message]], float], ...] = (
-    (_arithmetic, 0.12),
-    (_knowledge, 0.25),
-    (_talk, 0.04),
-    (_copy, 0.25),
-    (_scene, 0.22),
-    (_clip, 0.12),
+    (_arithmetic, 0.08),
+    (_knowledge, 0.14),
+    (_talk, 0.03),
+    (_copy, 0.22),
+    (_scene, 0.38),
+    (_clip, 0.15),
 )
 
 

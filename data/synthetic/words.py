@@ -31,7 +31,8 @@ NUMBERS = (
 )
 
 # Chosen once, before any model was trained: one pair in six, each colour and each shape exactly once, so that
-# both attributes of every pair are seen in five other pairs. No training picture or clip shows one of these.
+# both attributes of every pair are seen in five other pairs. No training picture or clip shows one of these,
+# and no training question on a picture or clip names one; texts without pictures do.
 HELD_OUT_PAIRS = frozenset(
     {
         ("red", "star"),
@@ -56,12 +57,25 @@ class Question:
         question: lower-case words without punctuation, as it would be spoken.
         answer: one to four lower-case words.
         choices: the possible answers of this kind, from which 1 / len(choices) is the level of chance.
+        form: the sentence that holds the answer at its end. It says first what was asked about, so that a small
+            language model has it before its eyes when it looks the answer up.
     """
 
     kind: str
     question: str
     answer: str
     choices: tuple[str, ...]
+    form: str = "{}"
+
+    @property
+    def sentence(self) -> str:
+        """The whole right answer."""
+        return self.form.format(self.answer)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The whole answers among which it is."""
+        return tuple(map(self.form.format, self.choices))
 
 
 def plural(noun: str) -> str:

@@ -60,6 +60,8 @@ def test_questions_agree_with_a_reader_of_the_caption():
             for question in clips.questions(clip, rng):
                 assert answer(question.question, moves, still) == question.answer, question
                 assert question.answer in question.choices
+                assert question.sentence == question.form.format(question.answer)
+                assert question.sentence.endswith(question.answer)
                 assert len(set(question.choices)) == len(question.choices) > 1
                 kinds[question.kind] += 1
     assert len(kinds) == 8
@@ -125,7 +127,7 @@ def test_decoded_pixels_move_as_the_caption_says(container, rate):
         tested += 1
         data = video(draw_clip(clip, 2 * rate, rng), Fraction(rate), container)
         decoded = load_video(data, 8)
-        assert decoded.frames.shape == (8, 3, 64, 64)
+        assert decoded.frames.shape == (8, 3, 96, 96)
         frames = decoded.frames.permute(0, 2, 3, 1).numpy()
         moves, still = read_caption(clips.caption(clip))
         half = {len(moves): (0, -1)} if len(moves) == 1 else {0: (0, 3), 1: (4, -1)}

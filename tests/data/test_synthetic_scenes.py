@@ -25,6 +25,10 @@ def read_caption(text):
     return objects, word
 
 
+COMMON = {"the", "object", "a", "is", "at", "in", "word"}
+"""Words of an answer's sentence that its question need not hold."""
+
+
 def answer(question, objects, word):
     """A reader with rules of its own; the set of right answers."""
     numbers = ["zero", "one", "two", "three", "four"]
@@ -90,6 +94,8 @@ def test_questions_agree_with_a_reader_of_the_caption(split):
         for question in scenes.questions(scene, rng, about=about):
             assert answer(question.question, objects, word) == {question.answer}, question
             assert question.answer in question.choices
+            assert question.sentence.split()[-1] == question.answer.split()[-1]
+            assert set(question.form.replace("{}", "").split()) - COMMON <= set(question.question.split())
             assert len(set(question.choices)) == len(question.choices) > 1
             assert re.fullmatch(r"[a-z ]+", question.question)
             kinds[question.kind] += 1
@@ -138,6 +144,44 @@ def test_yes_and_no_are_balanced():
     assert max(found[k] for k in found if k[0] == "side") < 1.5 * min(found[k] for k in found if k[0] == "side")
 
 
+def test_partial_captions_mention_some_attributes_of_every_object():
+    rng = Random(5)
+    left_out = Counter()
+    for _ in range(300):
+        scene = scenes.sample_scene(rng)
+        text = scenes.partial_caption(scene, rng)
+        said = set(text.replace(",", "").split())
+        for name, values in (("colour", words.COLOURS), ("shape", words.SHAPES), ("size", words.SIZES)):
+            mentioned = said & set(values)
+            assert mentioned in (set(), {getattr(o, name) for o in scene.objects})
+            left_out[name] += not mentioned
+        assert scene.word is None or scene.word in said
+    assert 20 < left_out["shape"] < left_out["size"] < left_out["colour"] < 280
+
+
+def test_statements_say_everything_of_every_object_and_name_it_without_doubt():
+    rng = Random(6)
+    for _ in range(300):
+        scene = scenes.sample_scene(rng)
+        said = scenes.statements(scene, rng).split(". ")
+        assert len(said) == len(scene.objects)
+        found = set()
+        for sentence in said:
+            text = sentence.replace(",", "")
+            (one,) = (
+                o
+                for o in scene.objects
+                if {o.size, o.colour, o.shape, *o.place.split()} <= set(text.split())
+                and text.rpartition("the ")[2] in (o.place, text.partition("the ")[2])
+            )
+            found.add(one)
+            if key := re.match(r"the (\w+) object is", text):
+                assert sum(o.colour == key[1] for o in scene.objects) == 1
+            elif key := re.match(r"the (\w+) is", text):
+                assert sum(o.shape == key[1] for o in scene.objects) == 1
+        assert found == set(scene.objects)
+
+
 def covered(picture):
     """Pixels that are clearly coloured, where ground and written words are near grey."""
     pixels = np.asarray(picture).astype(int)
@@ -161,7 +205,7 @@ def components(mask):
     return found
 
 
-@pytest.mark.parametrize("size", [(64, 64), (128, 64), (64, 128)])
+@pytest.mark.parametrize("size", [(96, 96), (192, 96), (96, 192)])
 def test_pixels_show_each_object_at_its_place_in_its_colour(size):
     rng = Random(str(size))
     names = list(words.COLOURS)

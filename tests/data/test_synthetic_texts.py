@@ -104,7 +104,7 @@ def test_new_questions_are_about_what_no_training_text_describes():
     assert len(described) > 60
     assert not described & seen
     for messages, question in asked:
-        assert messages[-1]["content"] == question.answer
+        assert messages[-1]["content"] == question.sentence
         assert question.answer in question.choices
 
 

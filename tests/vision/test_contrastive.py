@@ -149,6 +149,21 @@ def test_causal_text_tower_is_open_clips():
     torch.testing.assert_close(model(tokens, torch.full((4,), 9)), theirs(tokens), rtol=0, atol=1e-10)
 
 
+def test_without_layers_every_word_counts_and_none_sees_another():
+    config = TextTowerConfig(
+        vocab_size=50, max_length=9, dim=32, n_layers=0, n_heads=4, ffn_dim=64, attention="bidirectional"
+    )
+    model = TextTower(config)
+    first, second, both = (torch.tensor([tokens]) for tokens in ([3, 0], [0, 4], [3, 4]))
+    length = torch.tensor([2])
+    base = model(torch.zeros_like(both), length)
+    change = (model(first, length) - base) + (model(second, length) - base)
+    torch.testing.assert_close(model(both, length) - base, change)
+    assert change.abs().max() > 0.1
+    with pytest.raises(ValueError, match="bidirectional"):
+        TextTowerConfig(vocab_size=50, dim=32, n_layers=0, n_heads=4, ffn_dim=64)
+
+
 def test_captions_that_are_too_long_are_named():
     with pytest.raises(ValueError, match="max_length is 12"):
         tower("causal")(torch.zeros(1, 13, dtype=torch.int64), torch.tensor([13]))

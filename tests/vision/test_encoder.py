@@ -342,3 +342,22 @@ def test_flops_count_the_matrix_products():
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 4, 3, 64, 64), torch.tensor([4]), torch.tensor([[2, 2]]))
     assert model.flops_per_image(4) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_patch_norm_forgets_how_bright_and_how_strong_a_patch_is():
+    model = encoder(patch_norm=True)
+    with torch.no_grad():
+        model.patch_norm.weight.fill_(1.0)
+        model.patch_norm.bias.zero_()
+    tiles = pictures()
+    brighter = 3 * tiles + 2
+    grids, counts = GRIDS[:1], COUNTS[:1]
+    same = model(tiles[:1], counts, grids)[0] - model(brighter[:1], counts, grids)[0]
+    assert same.abs().max() < 0.1  # the norm's epsilon is not nothing
+    plain = encoder()
+    assert (plain(tiles[:1], counts, grids)[0] - plain(brighter[:1], counts, grids)[0]).abs().max() > 0.5
+
+
+def test_positions_start_with_the_asked_deviation():
+    assert VisionTransformer(small(position_std=1.0)).position_embedding.std().item() == pytest.approx(1, abs=0.1)
+    assert VisionTransformer(small()).position_embedding.std().item() == pytest.approx(32**-0.5, abs=0.03)

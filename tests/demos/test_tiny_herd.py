@@ -1,0 +1,182 @@
+"""The quick demo from end to end, killed once on the way, and what a user then does with it."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+
+import herdkit
+import numpy as np
+import pytest
+import torch
+from herdkit.data.shards import ShardReader
+from herdkit.demos import tiny_herd
+from PIL import Image
+
+pytestmark = pytest.mark.xdist_group("demo")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "herdkit", *map(str, arguments)]
+
+
+def call(*arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), input=text, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """The folder of a quick demo that was killed within its fourth stage and started again."""
+    out = tmp_path_factory.mktemp("demo") / "herd"
+    log = out.parent / "first.log"
+    with log.open("w") as file:
+        first = subprocess.Popen(
+            command("demo", "--quick", "--out", out), stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
+        )
+        until = time.monotonic() + 500
+        while not (out / "stages" / tiny_herd.CHAIN[2].name / "stage.json").exists():
+            assert first.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    second = call("demo", "--quick", "--out", out)
+    assert second.returncode == 0, second.stderr
+    assert second.stderr.count("finished before") == 3
+    (out.parent / "second.json").write_text(second.stdout)
+    return out
+
+
+def test_every_exam_is_graded_beside_chance_and_beside_the_same_without_input(demo):
+    results = json.loads((demo / "results.json").read_text())
+    assert [exam["set"] for exam in results["exams"]] == [exam.set for exam in tiny_herd.EXAMS]
+    for exam, graded in zip(tiny_herd.EXAMS, results["exams"], strict=True):
+        assert graded["count"] == tiny_herd.QUICK_SIZES.held_out
+        assert set(graded["without"]) == {"+".join(kinds) for kinds in exam.without}
+        if exam.transcripts:
+            assert graded["word_error_rate"] > 0
+        else:
+            assert 0 <= graded["accuracy"] <= 1
+            assert 0 < graded["chance"] < 1
+
+
+def test_the_language_model_is_untouched_by_all_that_was_grafted_onto_it(demo):
+    assert json.loads((demo / "results.json").read_text())["text_unchanged"] == {
+        "checkpoint_bytes": True,
+        "logits_bits": True,
+    }
+    before, after = (herdkit.load(path) for path in (demo / "stages" / "text-sft" / "model", demo / "model"))
+    assert list(after.adapters) == ["image", "video", "speech"]
+    tokens = torch.randint(before.text.config.vocab_size, (3, 50))
+    with torch.inference_mode():
+        assert torch.equal(before(tokens), after(tokens))
+
+
+def test_a_second_run_reuses_everything(demo):
+    started = time.monotonic()
+    again = call("demo", "--quick", "--out", demo)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished before") == len(tiny_herd.CHAIN)
+    assert time.monotonic() - started < 90
+    first, second = (json.loads(text) for text in ((demo.parent / "second.json").read_text(), again.stdout))
+    assert first["exams"] == second["exams"]
+
+
+def test_another_seed_in_the_same_place_is_refused(demo):
+    other = call("demo", "--quick", "--seed", "1", "--out", demo)
+    assert other.returncode == 1
+    assert re.fullmatch(r"herdkit: .*holds a demo with .*'seed': 0.*--out.*\n", other.stderr)
+
+
+def test_the_report_stands_alone(demo):
+    page = (demo / "report.html").read_text()
+    assert page.count("data:image/png;base64,") > 20
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    for exam in tiny_herd.EXAMS:
+        assert exam.title in page
+        assert exam.title.capitalize() in page
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Path:
+    """Files as users have them: sizes and modes that no training picture has, a stereo recording, a clip."""
+    folder = tmp_path_factory.mktemp("files")
+    pixels = np.random.default_rng(0).integers(0, 255, (331, 517, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "RGBA").save(folder / "alpha.png")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(pixels[..., :3]).save(folder / "rotated.jpg", exif=rotated)
+    with wave.open(str(folder / "stereo.wav"), "wb") as file:
+        file.setparams((2, 2, 44_100, 0, "NONE", ""))
+        file.writeframes(np.random.default_rng(0).integers(-9000, 9000, 60_000, dtype=np.int16).tobytes())
+    (folder / "empty.jpg").touch()
+    (folder / "text.mp4").write_text("no film")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., :3]).save(buffer, "PNG")
+    (folder / "cut.png").write_bytes(buffer.getvalue()[:5000])
+    return folder
+
+
+def test_chat_takes_any_number_of_files_of_every_sense(demo, files):
+    clip = next(iter(ShardReader(str(demo / "data" / "video_questions_new" / "*.tar"))[0].members.items()))
+    film = files / f"clip.{clip[0]}"
+    film.write_bytes(clip[1])
+    media = ["--image", files / "alpha.png", "--image", files / "rotated.jpg", "--video", film]
+    said = call("chat", demo / "model", *media, "--audio", files / "stereo.wav", "--max-new-tokens", "5")
+    assert said.returncode == 0, said.stderr
+    assert said.stderr == ""
+    several = call("chat", demo / "model", "--image", files / "alpha.png", text="what is it\n\nhello\n")
+    assert several.returncode == 0
+    assert len(several.stdout.splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--image", "missing.jpg"),
+        ("--image", "empty.jpg"),
+        ("--image", "cut.png"),
+        ("--image", "stereo.wav"),
+        ("--video", "text.mp4"),
+        ("--video", "missing.mp4"),
+        ("--audio", "alpha.png"),
+        ("--audio", "empty.jpg"),
+    ],
+)
+def test_bad_files_get_one_line_that_names_them(demo, files, option, name):
+    said = call("chat", demo / "model", option, files / name, "--prompt", "what is it")
+    assert said.returncode == 1
+    assert said.stdout == ""
+    (line,) = said.stderr.splitlines()
+    assert line.startswith("herdkit: ")
+    assert name in line
+
+
+@pytest.mark.parametrize("name", ["image", "video", "speech"])
+def test_demo_scripts_run_on_a_held_out_file(demo, tmp_path, name):
+    sets = {
+        "image": "image_questions_new",
+        "video": "video_questions_new",
+        "speech": "spoken_questions_heldout_voice",
+    }
+    sample = ShardReader(str(demo / "data" / sets[name] / "*.tar"))[0]
+    suffix, data = next((k, v) for k, v in sample.members.items() if k in ("png", "mp4", "webm", "flac"))
+    file = tmp_path / f"file.{suffix}"
+    file.write_bytes(data)
+    question = [] if name == "speech" else ["what is it"]
+    said = subprocess.run(
+        [sys.executable, "-m", f"herdkit.demos.{name}", str(demo / "model"), str(file), *question],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+    )
+    assert said.returncode == 0, said.stderr
