@@ -10,10 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-class UsageError(Exception):
-    """A mistake of the user's; printed as one line, without a stack trace."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 for what went wrong, 2 for wrong usage, 130 when interrupted."""
     parser = build_parser()
@@ -31,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except (UsageError, ValueError, OSError, LookupError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, LookupError, ModuleNotFoundError, RuntimeError) as error:
         if os.environ.get("HERDKIT_TRACEBACK"):
             raise
         print(f"herdkit: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
@@ -96,8 +92,9 @@ def demo(options: argparse.Namespace) -> None:
     from .demos import report, tiny_herd
 
     results = tiny_herd.run(options.out, seed=options.seed, quick=options.quick)
-    page = report.write(Path(results["out"]))
-    report.print_summary(results, page)
+    talk = report.conversation(Path(results["out"]))
+    page = report.write(Path(results["out"]), talk)
+    report.print_summary(results, page, talk)
     print(json.dumps({**results, "report": str(page)}))
 
 

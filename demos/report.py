@@ -41,8 +41,12 @@ table { border-collapse: collapse; width: 100% } th, td { text-align: left; padd
 """
 
 
-def write(out: Path) -> Path:
-    """Writes `out/report.html` from what `herdkit.demos.tiny_herd.run` left in `out`."""
+Turn = tuple[str, list[dict[str, Any]], str]
+"""What the user says, in words; the same as the parts of a message; and the answer."""
+
+
+def write(out: Path, talk: Sequence[Turn]) -> Path:
+    """Writes `out/report.html` from what `herdkit.demos.tiny_herd.run` left in `out` and a `conversation`."""
     results = json.loads((out / "results.json").read_text())
     demo = json.loads((out / "demo.json").read_text())
     parts = [
@@ -55,7 +59,7 @@ def write(out: Path) -> Path:
         "possible answers of each question. “Without” is the same question asked without that input.</p>",
         f"<p>{unchanged_sentence(results['text_unchanged'])}</p>",
         "<h2>A conversation</h2>",
-        *(f"<p><b>{html.escape(role)}:</b> {text}</p>" for role, text in conversation(out)),
+        *(turn_lines(*turn) for turn in talk),
         "<h2>Training</h2>",
         f'<img alt="loss curves" src="{loss_curves(out)}">',
     ]
@@ -198,8 +202,8 @@ def medium_source(kind: str, data: bytes) -> str:
     return as_source(figure)
 
 
-def conversation(out: Path) -> list[tuple[str, str]]:
-    """One dialog of several turns in which every sense is used, on held-out inputs: (speaker, HTML) pairs."""
+def conversation(out: Path) -> list[Turn]:
+    """One dialog of several turns in which every sense is used, on held-out inputs."""
     model = load(out / "model")
     picture, clip, spoken = (
         ShardReader(str(out / "data" / name / "*.tar"))[0]
@@ -214,19 +218,23 @@ def conversation(out: Path) -> list[tuple[str, str]]:
         (sample_words(clip), sample_parts(clip)),
     ]
     messages: list[dict[str, Any]] = []
-    lines = []
-    for shown, parts in turns:
+    talk = []
+    for words, parts in turns:
         messages.append({"role": "user", "content": parts})
         answer = model.chat(messages, max_new_tokens=48)
         messages.append({"role": "assistant", "content": answer})
-        images = "".join(
-            f'<img alt="{part["type"]}" style="vertical-align:middle;max-height:6rem" '
-            f'src="{medium_source(part["type"], part[part["type"]])}"> '
-            for part in parts
-            if part["type"] != "text"
-        )
-        lines += [("user", images + html.escape(shown)), ("Herd", html.escape(answer))]
-    return lines
+        talk.append((words, parts, answer))
+    return talk
+
+
+def turn_lines(words: str, parts: Sequence[dict[str, Any]], answer: str) -> str:
+    images = "".join(
+        f'<img alt="{part["type"]}" style="vertical-align:middle;max-height:6rem" '
+        f'src="{medium_source(part["type"], part[part["type"]])}"> '
+        for part in parts
+        if part["type"] != "text"
+    )
+    return f"<p><b>user:</b> {images}{html.escape(words)}</p><p><b>Herd:</b> {html.escape(answer)}</p>"
 
 
 def sample_parts(sample: Sample) -> list[dict[str, Any]]:
@@ -239,7 +247,7 @@ def sample_words(sample: Sample) -> str:
     return text or f"(spoken) {sample.text('txt')}"
 
 
-def print_summary(results: dict[str, Any], page: Path) -> None:
+def print_summary(results: dict[str, Any], page: Path, talk: Sequence[Turn]) -> None:
     """The end of `herdkit demo`: the table, a conversation and the paths, on standard error."""
     console = Console(stderr=True)
     table = Table(title="the tiny herd on held-out questions")
@@ -253,7 +261,7 @@ def print_summary(results: dict[str, Any], page: Path) -> None:
         console.print(
             "This was a quick run: a tenth of the data and steps. The answers above are poor; see the full demo."
         )
-    for role, text in conversation(Path(results["out"])):
-        words = " ".join(html.unescape(piece) for piece in text.split(">")[-1:])
-        console.print(f"  [bold]{role}[/]: {words.strip()}", highlight=False)
+    for words, parts, answer in talk:
+        media = "".join(f"({part['type']}) " for part in parts if part["type"] != "text")
+        console.print(f"  user: {media}{words}\n  Herd: {answer}", highlight=False, markup=False)
     console.print(f"model directory: {results['model']}\nreport: {page}", highlight=False, soft_wrap=True)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..data.dialogs import dialog_sample
-from ..data.packing import pack
 from ..data.shards import Sample, ShardReader
 from ..data.sources import DataConfig, open_loader
 from ..train.parallel import rank, world_size
@@ -19,7 +18,7 @@ from .dialog import encode_dialog
 from .model import Transformer, TransformerConfig
 from .model_directory import save_text
 from .objective import next_token
-from .rows import Document, TokenBatch, lay_out
+from .rows import Document, TokenBatch, pack_documents
 from .tokenizer import Tokenizer
 
 
@@ -58,8 +57,7 @@ class TextCollator:
             for start in range(0, len(tokens), self.row_length):
                 piece = tokens[start : start + self.row_length]
                 pieces.append(Document(piece, [True] * len(piece)))
-        rows = pack([len(piece.tokens) for piece in pieces], self.row_length)
-        return lay_out([[pieces[i] for i in row] for row in rows], self.tokenizer.pad_id, self.row_length)
+        return pack_documents(pieces, self.tokenizer.pad_id, self.row_length)
 
 
 def run(recipe: PretrainRecipe, run_dir: Path) -> dict[str, Any]:

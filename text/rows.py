@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.packing import pack
+
 IGNORE = -100
 """The label of a position that is no target, as in `torch.nn.functional.cross_entropy`."""
 
@@ -43,6 +45,16 @@ class TokenBatch:
     def to(self, device) -> TokenBatch:
         documents = None if self.documents is None else self.documents.to(device)
         return TokenBatch(self.tokens.to(device), self.labels.to(device), documents)
+
+
+def pack_documents(documents: Sequence[Document], pad_id: int, length: int) -> TokenBatch:
+    """Documents to as few rows of `length` positions as they fit into.
+
+    Raises:
+        ValueError: a document is longer than `length`.
+    """
+    rows = pack([len(document.tokens) for document in documents], length)
+    return lay_out([[documents[i] for i in row] for row in rows], pad_id, length)
 
 
 def lay_out(rows: Sequence[Sequence[Document]], pad_id: int, length: int | None = None) -> TokenBatch:

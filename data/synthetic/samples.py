@@ -93,11 +93,10 @@ def captions(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Sp
         scene = scenes.sample_scene(rng, split)
         png, medium = encoding.png(drawing.draw_scene(scene, rng)), _media("image", "png")
         if rng.random() < 0.7:
-            text = scenes.statements(scene, rng)
-            dialog = {"messages": [_user(medium, texts.DESCRIBE_OBJECTS), _assistant(text)]}
+            messages = [_user(medium, texts.DESCRIBE_OBJECTS), _assistant(scenes.statements(scene, rng))]
         else:
-            dialog = _captioned(medium, scenes.caption(scene), texts.DESCRIBE_PICTURE, rng)["json"]
-        members = {"png": png, "txt": scenes.partial_caption(scene, rng), "json": dialog}
+            messages = _captioned(medium, scenes.caption(scene), texts.DESCRIBE_PICTURE, rng)
+        members = {"png": png, "txt": scenes.partial_caption(scene, rng), "json": {"messages": messages}}
         made.append((sets[0], f"{index:06d}", members))
     return made
 
@@ -119,9 +118,10 @@ def pictures(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Sp
     return made
 
 
-def _captioned(medium: Part, caption: str, instruction: str, rng: Random) -> dict[str, Any]:
+def _captioned(medium: Part, caption: str, instruction: str, rng: Random) -> list[dict[str, Any]]:
+    """A dialog that asks for the caption, half of the time without a word."""
     user = _user(medium) if rng.random() < 0.5 else _user(medium, instruction)
-    return {"txt": caption, "json": {"messages": [user, _assistant(caption)]}}
+    return [user, _assistant(caption)]
 
 
 def _questioned(medium: Part, asked: list[Question], split: Split, rng: Random) -> dict[str, Any]:
@@ -142,8 +142,9 @@ def videos(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Lite
         frames = drawing.draw_clip(clip, rate * _CLIP_SECONDS, rng)
         data = encoding.video(frames, Fraction(rate), container, _sound(rng))
         medium, key = _media("video", container), f"{index:06d}"
-        captioned = _captioned(medium, clips.caption(clip), texts.DESCRIBE_CLIP, rng)
-        made.append((caption_set, key, {container: data, **captioned}))
+        caption = clips.caption(clip)
+        messages = _captioned(medium, caption, texts.DESCRIBE_CLIP, rng)
+        made.append((caption_set, key, {container: data, "txt": caption, "json": {"messages": messages}}))
         asked = _questioned(medium, clips.questions(clip, rng), split, rng)
         made.append((question_set, key, {container: data, "json": asked}))
     return made

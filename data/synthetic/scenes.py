@@ -52,6 +52,10 @@ class SceneObject:
         return PLACES[self.row][self.column]
 
     @property
+    def where(self) -> str:
+        return f"{'in' if self.place == 'middle' else 'at'} the {self.place}"
+
+    @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
@@ -131,8 +135,7 @@ def caption(scene: Scene, mentioned: Collection[str] = _ATTRIBUTES) -> str:
     for o in scene.objects:
         words = [o.size] * ("size" in mentioned) + [o.colour] * ("colour" in mentioned)
         phrase = with_article(" ".join([*words, o.shape if "shape" in mentioned else "object"]))
-        where = f" {'in' if o.place == 'middle' else 'at'} the {o.place}" if "place" in mentioned else ""
-        described.append((o.row, phrase + where))
+        described.append((o.row, f"{phrase} {o.where}" if "place" in mentioned else phrase))
     if scene.word is not None:
         described.append((scene.word_row, f"the word {scene.word} at the {('top', '', 'bottom')[scene.word_row]}"))
     return listed([phrase for _, phrase in sorted(described, key=lambda item: item[0])])
@@ -149,15 +152,14 @@ def statements(scene: Scene, rng: Random) -> str:
     shape or name, and then the rest: to go on, one has to look that object up."""
     said = []
     for one in rng.sample(scene.objects, len(scene.objects)):
-        where = f"{'in' if one.place == 'middle' else 'at'} the {one.place}"
         ways = [
-            f"{where} is {with_article(f'{one.size} {one.name}')}",
-            f"the {one.name} is {one.size} and {where}",
+            f"{one.where} is {with_article(f'{one.size} {one.name}')}",
+            f"the {one.name} is {one.size} and {one.where}",
         ]
         if sum(o.colour == one.colour for o in scene.objects) == 1:
-            ways.append(f"the {one.colour} object is {with_article(f'{one.size} {one.shape}')} {where}")
+            ways.append(f"the {one.colour} object is {with_article(f'{one.size} {one.shape}')} {one.where}")
         if sum(o.shape == one.shape for o in scene.objects) == 1:
-            ways.append(f"the {one.shape} is {one.size}, {one.colour} and {where}")
+            ways.append(f"the {one.shape} is {one.size}, {one.colour} and {one.where}")
         said.append(rng.choice(ways))
     return ". ".join(said)
 
@@ -239,16 +241,19 @@ def _position(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | Non
         question=form.format(name),
         answer=one.place,
         choices=PLACE_NAMES,
-        form=f"the {name} is {'in' if one.place == 'middle' else 'at'} the {{}}",
+        form=f"the {name} is {one.where.removesuffix(one.place)}{{}}",
     )
 
 
 def _object_at(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
     one = about or rng.choice(scene.objects)
-    where = f"{'in' if one.place == 'middle' else 'at'} the {one.place}"
     form = rng.choice(("what is {}", "what do you see {}", "which object is {}"))
     return Question(
-        kind="object at", question=form.format(where), answer=one.name, choices=PAIR_NAMES, form=f"{where} is the {{}}"
+        kind="object at",
+        question=form.format(one.where),
+        answer=one.name,
+        choices=PAIR_NAMES,
+        form=f"{one.where} is the {{}}",
     )
 
 

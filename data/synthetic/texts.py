@@ -205,9 +205,8 @@ _MAKERS: tuple[tuple[Callable[[Random], list[Message]], float], ...] = (
 
 def _scene_statement(rng: Random, held_out_facts: bool) -> str:
     one = rng.choice(scenes.sample_scene(rng, "text").objects)
-    where = f"{'in' if one.place == 'middle' else 'at'} the {one.place}"
     form = rng.choice(("there is a {size} {name} {where}", "the {name} is {where}", "a {size} {name} {where}"))
-    return form.format(size=one.size, name=one.name, where=where)
+    return form.format(size=one.size, name=one.name, where=one.where)
 
 
 def _clip_statement(rng: Random, held_out_facts: bool) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ...data.dialogs import dialog_sample
-from ...data.packing import pack
 from ...data.shards import Sample
 from ...data.sources import DataConfig, open_loader
 from ...train.parallel import rank, world_size
@@ -18,7 +17,7 @@ from ...train.recipe import Stage, StageRecipe, train_by
 from ..dialog import encode_dialog
 from ..model_directory import load_text, save_text
 from ..objective import next_token
-from ..rows import Document, TokenBatch, lay_out
+from ..rows import Document, TokenBatch, pack_documents
 from ..tokenizer import Tokenizer
 
 
@@ -53,8 +52,7 @@ class DialogTextCollator:
                 where = f"{sample.shard}: sample {sample.key}"
                 raise ValueError(f"{where}: {len(dialog.tokens)} tokens do not fit into rows of {self.row_length}")
             documents.append(Document(dialog.tokens, dialog.targets))
-        rows = pack([len(document.tokens) for document in documents], self.row_length)
-        return lay_out([[documents[i] for i in row] for row in rows], self.tokenizer.pad_id, self.row_length)
+        return pack_documents(documents, self.tokenizer.pad_id, self.row_length)
 
 
 def run(recipe: SFTRecipe, run_dir: Path) -> dict[str, Any]:
