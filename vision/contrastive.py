@@ -31,8 +31,7 @@ class TextTowerConfig:
     Args:
         vocab_size: of the tokenizer, special tokens included.
         max_length: longest caption in tokens.
-        dim, n_layers, n_heads, ffn_dim: of the transformer. Without layers it is a bag of words: all that short
-            runs on simple captions need, and much faster learned.
+        dim, n_layers, n_heads, ffn_dim: of the transformer.
         attention: "causal" reads the state of the last token, as CLIP does; "bidirectional" the mean of all.
     """
 
@@ -47,12 +46,10 @@ class TextTowerConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "max_length", "dim", "n_layers", "n_heads", "ffn_dim"):
-            if getattr(self, name) < (least := 0 if name == "n_layers" else 1):
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.dim % self.n_heads:
             raise ValueError(f"dim ({self.dim}) is no multiple of n_heads ({self.n_heads})")
-        if self.n_layers == 0 and self.attention == "causal":
-            raise ValueError('without layers the last token knows of no other: attention must be "bidirectional"')
         if self.attention not in ("causal", "bidirectional"):
             raise ValueError(f"attention must be 'causal' or 'bidirectional', not {self.attention!r}")
 
@@ -63,6 +60,7 @@ class TextTower(nn.Module):
     def __init__(self, config: TextTowerConfig):
         super().__init__()
         self.config = config
+        self.width = config.dim
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position_embedding = nn.Parameter(torch.randn(config.max_length, config.dim) * 0.01)
         self.layers = nn.ModuleList()
@@ -97,23 +95,50 @@ class TextTower(nn.Module):
         return (self.norm(x) * weights).sum(1)
 
 
+class WordTower(nn.Module):
+    """The mean of a language model's own word embeddings, each normalised, with nothing to train: captions that
+    are learned against it put images into the space of the words (locked text, as in LiT, arXiv 2111.07991).
+
+    Args:
+        embeddings: (vocabulary, width).
+    """
+
+    embeddings: Tensor
+
+    def __init__(self, embeddings: Tensor):
+        super().__init__()
+        self.width = embeddings.shape[1]
+        normalised = F.layer_norm(embeddings.detach(), (self.width,))
+        self.register_buffer("embeddings", normalised, persistent=False)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """As in `TextTower`; any number of tokens."""
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        return (self.embeddings[tokens] * (real / lengths[:, None])[..., None]).sum(1)
+
+
 class ContrastiveModel(nn.Module):
-    """An image encoder and a text tower with projections into one space of width `dim`.
+    """An image encoder and a text tower with projections into one space.
 
     Args:
         vision: any image encoder.
+        text: the text tower.
+        dim: width of the space; None for that of the text tower, whose vectors then stand as they are.
         initial_scale: factor of the cosine similarities at the start; learned, at most 100 (CLIP's values).
     """
 
-    def __init__(self, vision: Encoder, text: TextTower, dim: int, initial_scale: float = 1 / 0.07):
+    def __init__(
+        self, vision: Encoder, text: TextTower | WordTower, dim: int | None = None, initial_scale: float = 1 / 0.07
+    ):
         super().__init__()
         self.vision = vision
         self.text = text
-        self.image_projection = nn.Linear(vision.pooled_width, dim, bias=False)
-        self.text_projection = nn.Linear(text.config.dim, dim, bias=False)
+        self.image_projection = nn.Linear(vision.pooled_width, dim or text.width, bias=False)
+        self.text_projection = nn.Identity() if dim is None else nn.Linear(text.width, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(initial_scale)))
         for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            if isinstance(projection, nn.Linear):
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def encode_images(self, tiles: Tensor, n_tiles: Tensor, grid: Tensor) -> Tensor:
         """Unit vectors (N, dim) float32; arguments as in `Encoder.forward`."""

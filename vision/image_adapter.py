@@ -27,16 +27,22 @@ class ImageAdapterConfig:
         n_cross_layers: cross-attention layers in the language model, spread by `placement`.
         ffn_dim: hidden width of their feed-forward branch; None for that of the language model.
         gate_init: their gates before tanh at the start; 0 leaves the language model undisturbed.
+        memory_positions: tokens of a tile L, to each of which a learned vector is added after the projection, as in
+            DETR (arXiv 2005.12872); 0 for none, as released. Where a thing is, is a small part of what a small
+            encoder says of it, and cross-attention finds it late.
     """
 
     encoder: dict[str, Any] = field(default_factory=lambda: {"type": "herdkit", "preset": "tiny"})
     n_cross_layers: int
     ffn_dim: int | None = None
     gate_init: float = 0.0
+    memory_positions: int = 0
 
     def __post_init__(self):
         if self.n_cross_layers < 1:
             raise ValueError(f"n_cross_layers must be at least 1, not {self.n_cross_layers}")
+        if self.memory_positions < 0:
+            raise ValueError(f"memory_positions must not be negative, not {self.memory_positions}")
 
 
 def preset(name: str) -> ImageAdapterConfig:
@@ -100,6 +106,8 @@ class ImageAdapter(Adapter):
         self.encoder = build_encoder(config.encoder)
         self.prepare = ImagePreparation(tile_size=self.encoder.image_size, max_tiles=self.encoder.max_tiles)
         self.projection = nn.Linear(self.encoder.width, text.dim)
+        L = config.memory_positions
+        self.memory_position = nn.Parameter(torch.randn(L, text.dim)) if L else None
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
         self.cross_attention = nn.ModuleDict(
             {
@@ -109,8 +117,13 @@ class ImageAdapter(Adapter):
         )
 
     def forward(self, batch: Mapping[str, Tensor], **required: Adapter) -> Contribution:
+        """As in `Adapter.forward`.
+
+        Raises:
+            ValueError: `memory_positions` is not the encoder's number of tokens.
+        """
         features, mask = self.encoder(batch["tiles"], batch["n_tiles"], batch["grid"])
-        memory = self.projection(features.flatten(1, 2))
+        memory = self._memory(features)
         soft = self.placeholder_embedding.expand(len(memory), 1, -1)
         return Contribution(soft_tokens=soft, memory=memory, memory_mask=mask)
 
@@ -126,7 +139,19 @@ class ImageAdapter(Adapter):
         features, mask = self.encoder(
             tiles.flatten(0, 1), n_tiles.repeat_interleave(F), grid.repeat_interleave(F, dim=0)
         )
-        return self.projection(features.flatten(1, 2)).unflatten(0, (N, F)), mask.unflatten(0, (N, F))
+        return self._memory(features).unflatten(0, (N, F)), mask.unflatten(0, (N, F))
+
+    def _memory(self, features: Tensor) -> Tensor:
+        """(N, T, L, width) to (N, T * L, D)."""
+        memory = self.projection(features)
+        if self.memory_position is not None:
+            if len(self.memory_position) != memory.shape[2]:
+                raise ValueError(
+                    f"memory_positions is {len(self.memory_position)}, but the encoder gives {memory.shape[2]} "
+                    "tokens for a tile"
+                )
+            memory = memory + self.memory_position
+        return memory.flatten(1, 2)
 
     def interleaved(self) -> Mapping[int, InterleavedLayer]:
         return {int(i): layer for i, layer in self.cross_attention.items()}  # type: ignore[misc]

@@ -6,11 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from ..adapters.model_directory import load
@@ -21,7 +19,7 @@ from ..text.model_directory import load_part, load_text, save_part
 from ..text.tokenizer import Tokenizer
 from ..train.parallel import rank, world_size
 from ..train.recipe import Stage, StageRecipe, train_by
-from .contrastive import ContrastiveModel, TextTower, TextTowerConfig, clip_loss
+from .contrastive import ContrastiveModel, TextTower, TextTowerConfig, WordTower, clip_loss
 from .encoder import VisionTransformer
 from .image_adapter import ImageAdapter, ImageAdapterConfig
 from .interchange import build_encoder, load_vision_state
@@ -38,34 +36,27 @@ class ContrastiveRecipe(StageRecipe):
     Args:
         init: model directory whose tokenizer reads the captions.
         encoder: see `herdkit.vision.interchange.build_encoder`.
-        text_tower: sizes of the text tower; its vocabulary is the tokenizer's.
-        embedding_dim: width of the space that both towers share.
+        text_tower: sizes of the text tower; its vocabulary is the tokenizer's. Left out: `WordTower` of the
+            language model in `init`.
+        embedding_dim: width of the space that both towers share; left out: the text tower's.
         data: samples with an image and its caption in the member `txt`.
-        grayscale: share of the images that lose their colours, whatever the caption says of them (as in SimCLR,
-            arXiv 2002.05709): shapes are then learned apart from the colours that they are seen in.
     """
 
     init: str
     encoder: dict[str, Any]
-    text_tower: TextTowerConfig
-    embedding_dim: int
+    text_tower: TextTowerConfig | None = None
+    embedding_dim: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
-    grayscale: float = 0.0
-
-    def __post_init__(self):
-        if not 0 <= self.grayscale <= 1:
-            raise ValueError(f"grayscale must be within 0 and 1, not {self.grayscale}")
 
 
 class PairCollator:
-    """Samples with an image and a `txt` member to the batch of `ContrastiveModel`; `grayscale` as in the recipe,
-    decided by the sample's position in the run."""
+    """Samples with an image and a `txt` member to the batch of `ContrastiveModel`; captions of more than
+    `max_length` tokens are cut."""
 
-    def __init__(self, tokenizer: Tokenizer, prepare: ImagePreparation, max_length: int, grayscale: float = 0.0):
+    def __init__(self, tokenizer: Tokenizer, prepare: ImagePreparation, max_length: int | None = None):
         self.tokenizer = tokenizer
         self.prepare = prepare
         self.max_length = max_length
-        self.grayscale = grayscale
 
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> dict[str, Tensor]:
         """
@@ -73,16 +64,15 @@ class PairCollator:
             ValueError: a sample has no image; MediaError: it does not decode.
         """
         images, captions = [], []
-        for position, sample in samples:
+        for _, sample in samples:
             member = next((name for name in IMAGE_MEMBERS if name in sample.members), None)
             if member is None:
                 raise ValueError(f"{sample.shard}: sample {sample.key} has none of {', '.join(IMAGE_MEMBERS)}")
-            image = self.prepare.load(sample.members[member])
-            if Random(position).random() < self.grayscale:
-                image = ImageOps.grayscale(image).convert("RGB")
-            images.append(image)
-            # Cut as CLIP does: the last token, which the tower reads, is always the end of the text.
-            tokens = self.tokenizer.encode(sample.text("txt"))[: self.max_length - 1]
+            images.append(self.prepare.load(sample.members[member]))
+            tokens = self.tokenizer.encode(sample.text("txt"))
+            if self.max_length is not None:
+                # Cut as CLIP does: the last token, which the tower reads, is always the end of the text.
+                tokens = tokens[: self.max_length - 1]
             captions.append(torch.tensor([*tokens, self.tokenizer.eos_id]))
         lengths = torch.tensor([len(caption) for caption in captions])
         tokens = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
@@ -96,12 +86,18 @@ def contrastive_objective(model: ContrastiveModel, batch: Mapping[str, Tensor]):
 def pretrain_encoder(recipe: ContrastiveRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains both towers and writes the image encoder to `run_dir/encoder.safetensors`."""
     torch.manual_seed(recipe.trainer.seed)
-    tokenizer = load_text(recipe.init)[1]
-    recipe.text_tower.vocab_size = tokenizer.vocab_size
+    language_model, tokenizer = load_text(recipe.init)
     encoder = build_encoder(recipe.encoder)
-    model = ContrastiveModel(encoder, TextTower(recipe.text_tower), recipe.embedding_dim)
+    max_length = None
+    if recipe.text_tower is None:
+        text = WordTower(language_model.tok_embeddings.weight)
+    else:
+        max_length = recipe.text_tower.max_length
+        recipe.text_tower.vocab_size = tokenizer.vocab_size
+        text = TextTower(recipe.text_tower)
+    model = ContrastiveModel(encoder, text, recipe.embedding_dim)
     prepare = ImagePreparation(tile_size=encoder.image_size, max_tiles=encoder.max_tiles)
-    collate = PairCollator(tokenizer, prepare, recipe.text_tower.max_length, recipe.grayscale)
+    collate = PairCollator(tokenizer, prepare, max_length)
     batch_size = recipe.trainer.micro_batch_size(world_size())
     loader = open_loader(recipe.data, collate, batch_size, rank(), world_size())
     result = train_by(recipe, model, loader, contrastive_objective, run_dir)

@@ -16,7 +16,7 @@ import numpy as np
 from . import clips, drawing, encoding, scenes, speech, texts
 from .espeak import Espeak
 from .facts import facts
-from .words import ALL_PAIRS, TRAINING_PAIRS, Question
+from .words import Question
 
 Made = tuple[str, str, dict[str, Any]]
 """Set, key and members of a sample."""
@@ -84,20 +84,34 @@ def new_dialogues(sets: Sequence[str], seed: int, start: int, stop: int) -> list
     return made
 
 
+def pairs(sets: Sequence[str], seed: int, start: int, stop: int) -> list[Made]:
+    """Pictures with captions that leave much out, for contrastive training. Where the caption is silent about
+    colours the picture has none: shapes are then learned apart from the colours that they are seen in."""
+    made: list[Made] = []
+    for index in range(start, stop):
+        rng = _rng(seed, "pair", index)
+        scene = scenes.sample_scene(rng)
+        picture, mentioned = drawing.draw_scene(scene, rng), scenes.some_attributes(rng)
+        if "colour" not in mentioned:
+            picture = picture.convert("L")
+        members = {"png": encoding.png(picture), "txt": scenes.caption(scene, mentioned)}
+        made.append((sets[0], f"{index:06d}", members))
+    return made
+
+
 def captions(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Split) -> list[Made]:
-    """Captioned pictures. Most dialogs want a sentence on every object, some the caption; the member `txt`, for
-    contrastive training, is a caption that leaves much out."""
+    """Captioned pictures. Most dialogs want a sentence on every object, some the caption."""
     made: list[Made] = []
     for index in range(start, stop):
         rng = _rng(seed, "caption", split, index)
         scene = scenes.sample_scene(rng, split)
         png, medium = encoding.png(drawing.draw_scene(scene, rng)), _media("image", "png")
+        caption = scenes.caption(scene)
         if rng.random() < 0.7:
             messages = [_user(medium, texts.DESCRIBE_OBJECTS), _assistant(scenes.statements(scene, rng))]
         else:
-            messages = _captioned(medium, scenes.caption(scene), texts.DESCRIBE_PICTURE, rng)
-        members = {"png": png, "txt": scenes.partial_caption(scene, rng), "json": {"messages": messages}}
-        made.append((sets[0], f"{index:06d}", members))
+            messages = _captioned(medium, caption, texts.DESCRIBE_PICTURE, rng)
+        made.append((sets[0], f"{index:06d}", {"png": png, "txt": caption, "json": {"messages": messages}}))
     return made
 
 
@@ -108,11 +122,8 @@ def pictures(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Sp
         rng = _rng(seed, "picture", split, index)
         scene = scenes.sample_scene(rng, split)
         png = encoding.png(drawing.draw_scene(scene, rng))
-        if split == "combination":
-            about = rng.choice(scenes.held_out_objects(scene))
-            asked = scenes.questions(scene, rng, ALL_PAIRS, about)
-        else:
-            asked = scenes.questions(scene, rng, TRAINING_PAIRS)
+        about = rng.choice(scenes.held_out_objects(scene)) if split == "combination" else None
+        asked = scenes.questions(scene, rng, about)
         questioned = _questioned(_media("image", "png"), asked, split, rng)
         made.append((sets[0], f"{index:06d}", {"png": png, "json": questioned}))
     return made
@@ -125,9 +136,9 @@ def _captioned(medium: Part, caption: str, instruction: str, rng: Random) -> lis
 
 
 def _questioned(medium: Part, asked: list[Question], split: Split, rng: Random) -> dict[str, Any]:
-    """Four questions to train on, so that rows are of like length; one to test with."""
+    """Six questions to train on, or as many as there are; one to test with."""
     if split == "train":
-        return {"messages": _asked(asked[:4], medium, rng)}
+        return {"messages": _asked(asked[:6], medium, rng)}
     return {"messages": _asked(asked[:1], medium, rng), **_of(asked[0])}
 
 
@@ -208,7 +219,7 @@ def two_senses(sets: Sequence[str], seed: int, start: int, stop: int, *, split: 
             rng = _rng(seed, "two senses", split, index)
             scene = scenes.sample_scene(rng, split)
             png = encoding.png(drawing.draw_scene(scene, rng))
-            question = scenes.questions(scene, rng, TRAINING_PAIRS)[0]
+            question = scenes.questions(scene, rng)[0]
             flac, voice = _spoken(espeak, question.question, split, rng)
             user = _user(_media("image", "png"), _media("audio", "flac"))
             content = {"messages": [user, _assistant(question.sentence)], **_of(question), "voice": voice}

@@ -115,14 +115,6 @@ def _sample(rng: Random, pairs: Sequence[tuple[str, str]]) -> Scene:
 
 
 _ATTRIBUTES = ("size", "colour", "shape", "place")
-_MENTIONED = (
-    ("shape",),
-    ("size", "shape"),
-    ("shape", "place"),
-    ("size", "shape", "place"),
-    ("colour", "place"),
-    _ATTRIBUTES,
-)
 
 
 def caption(scene: Scene, mentioned: Collection[str] = _ATTRIBUTES) -> str:
@@ -141,10 +133,11 @@ def caption(scene: Scene, mentioned: Collection[str] = _ATTRIBUTES) -> str:
     return listed([phrase for _, phrase in sorted(described, key=lambda item: item[0])])
 
 
-def partial_caption(scene: Scene, rng: Random) -> str:
-    """A caption that may leave out attributes, colour more often than shape: in contrastive training it keeps
-    what is easily seen from being all that an encoder needs."""
-    return caption(scene, rng.choice(_MENTIONED))
+def some_attributes(rng: Random) -> list[str]:
+    """At least one of what `caption` may mention: the shape mostly, each other one half of the time."""
+    while not (chosen := [name for name in _ATTRIBUTES if rng.random() < (0.75 if name == "shape" else 0.5)]):
+        pass
+    return chosen
 
 
 def statements(scene: Scene, rng: Random) -> str:
@@ -164,17 +157,13 @@ def statements(scene: Scene, rng: Random) -> str:
     return ". ".join(said)
 
 
-def questions(
-    scene: Scene, rng: Random, pairs: Sequence[tuple[str, str]] = ALL_PAIRS, about: SceneObject | None = None
-) -> list[Question]:
+def questions(scene: Scene, rng: Random, about: SceneObject | None = None) -> list[Question]:
     """One question of every kind that the scene answers without doubt, in random order.
 
     Args:
-        pairs: the (colour, shape) pairs that "is there a ..." may name. Questions on training pictures name
-            only pairs that training pictures show; else a model learns that the others are never there.
         about: if given, only questions whose subject this object is.
     """
-    asked = [kind(scene, rng, pairs, about) for kind in _KINDS]
+    asked = [kind(scene, rng, about) for kind in _KINDS]
     found = [question for question in asked if question is not None]
     rng.shuffle(found)
     return found
@@ -186,16 +175,13 @@ def reference(scene_objects: Sequence[SceneObject], one: SceneObject, rng: Rando
     return one.shape if alone and rng.random() < 0.5 else one.name
 
 
-_Pairs = Sequence[tuple[str, str]]
-
-
 def _pick(options: Sequence[SceneObject], about: SceneObject | None, rng: Random) -> SceneObject | None:
     if about is not None:
         options = [o for o in options if o is about]
     return rng.choice(options) if options else None
 
 
-def _colour(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _colour(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     shapes = [o.shape for o in scene.objects]
     one = _pick([o for o in scene.objects if shapes.count(o.shape) == 1], about, rng)
     if one is None:
@@ -210,7 +196,7 @@ def _colour(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None)
     )
 
 
-def _shape(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _shape(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     colours = [o.colour for o in scene.objects]
     one = _pick([o for o in scene.objects if colours.count(o.colour) == 1], about, rng)
     if one is None:
@@ -225,14 +211,14 @@ def _shape(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) 
     )
 
 
-def _size(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _size(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     one = about or rng.choice(scene.objects)
     form = rng.choice(("is the {} big or small", "what size is the {}", "how big is the {}"))
     name = reference(scene.objects, one, rng)
     return Question(kind="size", question=form.format(name), answer=one.size, choices=SIZES, form=f"the {name} is {{}}")
 
 
-def _position(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _position(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     one = about or rng.choice(scene.objects)
     form = rng.choice(("where is the {}", "where do you see the {}", "at which place is the {}"))
     name = reference(scene.objects, one, rng)
@@ -245,7 +231,7 @@ def _position(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | Non
     )
 
 
-def _object_at(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _object_at(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     one = about or rng.choice(scene.objects)
     form = rng.choice(("what is {}", "what do you see {}", "which object is {}"))
     return Question(
@@ -257,14 +243,14 @@ def _object_at(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | No
     )
 
 
-def _count(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _count(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     if about is not None:
         return None
     form = rng.choice(("how many objects are there", "how many objects do you see", "count the objects"))
     return Question(kind="count", question=form, answer=NUMBERS[len(scene.objects)], choices=NUMBERS[1:5])
 
 
-def _count_some(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _count_some(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     """Objects of one shape or one colour; none of it in a fifth of the questions."""
     attribute = rng.choice(("shape", "colour"))
     values = list(SHAPES if attribute == "shape" else COLOURS)
@@ -282,79 +268,23 @@ def _count_some(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | N
     return Question(kind=f"count {attribute}", question=form.format(things), answer=NUMBERS[many], choices=NUMBERS[:5])
 
 
-def _exists(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
-    shown = {(o.colour, o.shape) for o in scene.objects}
-    if rng.random() < 0.5:
-        one = about or rng.choice(scene.objects)
-        pair, answer = (one.colour, one.shape), "yes"
+def _exists(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
+    """Whether there is anything of one shape or one colour."""
+    attribute = rng.choice(("shape", "colour"))
+    present = {getattr(o, attribute) for o in scene.objects}
+    absent = [v for v in (SHAPES if attribute == "shape" else COLOURS) if v not in present]
+    if rng.random() < 0.5 or not absent:
+        value, answer = getattr(about or rng.choice(scene.objects), attribute), "yes"
+    elif about is None:
+        value, answer = rng.choice(absent), "no"
     else:
-        absent = [pair for pair in pairs if pair not in shown]
-        # Most absent pairs share the colour or the shape of something shown: only the pair is wrong.
-        near = [(c, s) for c, s in absent if any(c == o.colour or s == o.shape for o in scene.objects)]
-        if about is not None:
-            near = [(c, s) for c, s in near if c == about.colour or s == about.shape]
-        pair, answer = rng.choice(near if near and rng.random() < 0.7 else absent), "no"
+        return None
+    thing = with_article(value if attribute == "shape" else f"{value} object")
     form = rng.choice(("is there {}", "do you see {}", "can you see {}"))
-    return Question(
-        kind="exists",
-        question=form.format(with_article(" ".join(pair))),
-        answer=answer,
-        choices=("yes", "no"),
-    )
+    return Question(kind="exists", question=form.format(thing), answer=answer, choices=("yes", "no"))
 
 
-_RELATIONS = (
-    ("left of", "column", -1),
-    ("right of", "column", 1),
-    ("above", "row", -1),
-    ("below", "row", 1),
-)
-
-
-def _relation(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
-    """Which object is left of another: asked where exactly one is."""
-    options = []
-    for words, axis, sign in _RELATIONS:
-        for other in scene.objects:
-            found = [o for o in scene.objects if sign * (getattr(o, axis) - getattr(other, axis)) > 0]
-            if len(found) == 1 and (about is None or found[0] is about):
-                options.append((words, found[0], other))
-    if not options:
-        return None
-    words, one, other = rng.choice(options)
-    form = rng.choice(("what is {} the {}", "which object is {} the {}", "what do you see {} the {}"))
-    name = reference(scene.objects, other, rng)
-    return Question(
-        kind="relation",
-        question=form.format(words, name),
-        answer=one.name,
-        choices=PAIR_NAMES,
-        form=f"{words} the {name} is the {{}}",
-    )
-
-
-def _side(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
-    options = [
-        (one, other, words)
-        for one in scene.objects
-        for other in scene.objects
-        for words, axis in ((("left", "right"), "column"), (("above", "below"), "row"))
-        if getattr(one, axis) != getattr(other, axis) and (about is None or one is about)
-    ]
-    if not options:
-        return None
-    one, other, words = rng.choice(options)
-    axis = "column" if words[0] == "left" else "row"
-    answer = words[0] if getattr(one, axis) < getattr(other, axis) else words[1]
-    first, second = rng.sample(words, 2)
-    one_name, other_name = (reference(scene.objects, o, rng) for o in (one, other))
-    form = f"is the {one_name} {first} or {second} the {other_name}"
-    if axis == "column":
-        form = f"is the {one_name} {first} or {second} of the {other_name}"
-    return Question(kind="side", question=form, answer=answer, choices=words, form=f"the {one_name} is {{}}")
-
-
-def _word(scene: Scene, rng: Random, pairs: _Pairs, about: SceneObject | None) -> Question | None:
+def _word(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     if scene.word is None or about is not None:
         return None
     form = rng.choice(("what word is written", "which word do you see", "what does the word say"))
@@ -370,7 +300,5 @@ _KINDS: tuple[Callable[..., Question | None], ...] = (
     _count,
     _count_some,
     _exists,
-    _relation,
-    _side,
     _word,
 )

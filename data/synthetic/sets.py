@@ -23,7 +23,7 @@ from typing import Any
 from ..shards import ShardWriter
 from . import samples
 
-VERSION = 2
+VERSION = 3
 _JOB = 250
 """Samples of one job. Part of the format: within one job, espeak-ng's samples depend on what it spoke before."""
 
@@ -36,8 +36,10 @@ class SetSizes:
         english_bytes: English prose at most; a Python installation holds about 2 MB of it.
         recitations: texts that repeat a few words.
         dialogues: text dialogues.
-        scenes: pictures, each with a caption and with questions.
-        clips: videos, likewise.
+        pairs: pictures with partial captions, for contrastive training.
+        captions: pictures with captions.
+        scenes: pictures with questions.
+        clips: videos, each with a caption and with questions.
         transcripts: spoken sentences with their words.
         spoken_questions: spoken questions with their answers.
         two_senses: pictures with a spoken question.
@@ -47,7 +49,9 @@ class SetSizes:
     english_bytes: int = 2_500_000
     recitations: int = 5_000
     dialogues: int = 20_000
-    scenes: int = 8_000
+    pairs: int = 10_000
+    captions: int = 1_500
+    scenes: int = 9_000
     clips: int = 2_000
     transcripts: int = 5_000
     spoken_questions: int = 3_000
@@ -84,7 +88,8 @@ def _groups(sizes: SetSizes) -> list[_Group]:
         group(samples.recitations, sizes.recitations, "text_recitations"),
         group(samples.dialogues, sizes.dialogues, "text_dialogs"),
         group(samples.new_dialogues, new, "text_dialogs_new"),
-        group(samples.captions, sizes.scenes, "image_captions", split="train"),
+        group(samples.pairs, sizes.pairs, "image_pairs"),
+        group(samples.captions, sizes.captions, "image_captions", split="train"),
         group(samples.captions, new, "image_captions_new", split="new"),
         group(samples.pictures, sizes.scenes, "image_questions", split="train"),
         group(samples.pictures, new, "image_questions_new", split="new"),

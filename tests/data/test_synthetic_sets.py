@@ -4,6 +4,7 @@ import json
 import re
 from hashlib import sha256
 
+import numpy as np
 import pytest
 from herdkit.data.dialogs import dialog_sample
 from herdkit.data.media import load_audio, load_image, load_video
@@ -13,11 +14,13 @@ from herdkit.data.synthetic.drawing import draw_scene
 from herdkit.data.synthetic.facts import facts
 from herdkit.data.synthetic.scenes import caption
 from herdkit.data.synthetic.speech import HELD_OUT_VOICE, TRAINING_VOICES
-from herdkit.data.synthetic.words import HELD_OUT_PAIRS
+from herdkit.data.synthetic.words import COLOURS, HELD_OUT_PAIRS
 
 SIZES = {
     "english_bytes": 40_000,
     "dialogues": 100,
+    "pairs": 40,
+    "captions": 60,
     "scenes": 260,  # two jobs
     "clips": 16,
     "transcripts": 30,
@@ -55,10 +58,11 @@ def test_every_set_is_there_and_every_sample_decodes(made):
         manifest = json.loads((made / name / "manifest.json").read_text())
         assert len(found) == manifest["samples"] > 0
         for sample in found[:8]:
-            if "json" not in sample.members:
+            if name == "image_pairs":
+                assert load_image(sample.members["png"]).size in ((96, 96), (192, 96), (96, 192))
+            elif "json" not in sample.members:
                 assert len(sample.text("txt")) >= (200 if "pretrain" in name else 60)
-                continue
-            for message in dialog_sample(sample):
+            for message in dialog_sample(sample) if "json" in sample.members else ():
                 for part in message.media:
                     if part.type == "image":
                         assert load_image(part.media).size in ((96, 96), (192, 96), (96, 192))
@@ -88,7 +92,7 @@ def test_dialogs_have_the_shape_that_their_stage_expects(made):
         assert [part.type for part in user.parts] == ["audio"]
         assert assistant.text == sample.text("txt")
     turns = {len(dialog_sample(sample)) // 2 for sample in read(made, "image_questions")}
-    assert turns == {4}
+    assert turns == {6}
 
 
 @pytest.mark.parametrize("name", ASKING)
@@ -126,17 +130,24 @@ def test_what_is_drawn_for_each_split_keeps_its_promise(monkeypatch):
 
     monkeypatch.setattr(samples.drawing, "draw_scene", spy)
     seen = {}
-    for make in (samples.captions, samples.pictures):
-        for split in ("train", "new", "combination"):
+    for make in (samples.pairs, samples.captions, samples.pictures):
+        for split in ("train",) if make is samples.pairs else ("train", "new", "combination"):
             drawn.clear()
-            make(["set"], 0, 0, 150, split=split)
+            make(["set"], 0, 0, 150, **({} if make is samples.pairs else {"split": split}))
             assert len(drawn) == 150
             seen[make.__name__, split] = {caption(scene) for scene in drawn}
             held = [{(o.colour, o.shape) for o in scene.objects} & HELD_OUT_PAIRS for scene in drawn]
             assert all(held) if split == "combination" else not any(held)
-    train = seen["captions", "train"] | seen["pictures", "train"]
+    train = seen["pairs", "train"] | seen["captions", "train"] | seen["pictures", "train"]
     for (_, split), captions in seen.items():
         assert split == "train" or not captions & train
+
+
+def test_pictures_have_colours_where_their_captions_name_them(made):
+    for sample in read(made, "image_pairs"):
+        pixels = np.asarray(load_image(sample.members["png"]).convert("RGB")).astype(int)
+        coloured = (pixels.max(2) - pixels.min(2)).max() > 0
+        assert coloured == any(colour in sample.text("txt").split() for colour in COLOURS)
 
 
 def test_combination_questions_ask_for_a_held_out_object(made):

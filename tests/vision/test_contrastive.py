@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from herdkit.vision.contrastive import ContrastiveModel, TextTower, TextTowerConfig, clip_loss
+from herdkit.vision.contrastive import ContrastiveModel, TextTower, TextTowerConfig, WordTower, clip_loss
 from herdkit.vision.encoder import VisionConfig, VisionTransformer
 from torch.nn import functional as F
 
@@ -149,19 +149,18 @@ def test_causal_text_tower_is_open_clips():
     torch.testing.assert_close(model(tokens, torch.full((4,), 9)), theirs(tokens), rtol=0, atol=1e-10)
 
 
-def test_without_layers_every_word_counts_and_none_sees_another():
-    config = TextTowerConfig(
-        vocab_size=50, max_length=9, dim=32, n_layers=0, n_heads=4, ffn_dim=64, attention="bidirectional"
-    )
-    model = TextTower(config)
-    first, second, both = (torch.tensor([tokens]) for tokens in ([3, 0], [0, 4], [3, 4]))
-    length = torch.tensor([2])
-    base = model(torch.zeros_like(both), length)
-    change = (model(first, length) - base) + (model(second, length) - base)
-    torch.testing.assert_close(model(both, length) - base, change)
-    assert change.abs().max() > 0.1
-    with pytest.raises(ValueError, match="bidirectional"):
-        TextTowerConfig(vocab_size=50, dim=32, n_layers=0, n_heads=4, ffn_dim=64)
+def test_the_word_tower_is_the_locked_mean_of_normalised_embeddings():
+    embeddings = torch.randn(50, 16)
+    words = WordTower(embeddings)
+    tokens = torch.tensor([[3, 4, 7], [5, 0, 0]])
+    expected = torch.nn.functional.layer_norm(embeddings, (16,))
+    found = words(tokens, torch.tensor([3, 1]))
+    torch.testing.assert_close(found, torch.stack([expected[[3, 4, 7]].mean(0), expected[5]]))
+    model = ContrastiveModel(small_model().vision, words)
+    assert model.image_projection.out_features == 16
+    assert torch.equal(model.text_projection(found), found)
+    trained = [name for name, _ in model.named_parameters() if not name.startswith("vision.")]
+    assert sorted(trained) == ["image_projection.weight", "logit_scale"]
 
 
 def test_captions_that_are_too_long_are_named():
