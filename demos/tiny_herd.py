@@ -196,18 +196,35 @@ def train_link(link: Link, out: Path, seed: int, quick: bool, title: str, consol
     if quick:
         recipe.trainer.steps = max(10, round(recipe.trainer.steps * QUICK_STEPS))
         recipe.schedule.warmup_steps = round(recipe.schedule.warmup_steps * QUICK_STEPS)
-    run_dir = out / "stages" / link.name
-    done = run_dir / "stage.json"
-    mine = as_dict(recipe)
-    if done.exists() and json.loads(done.read_text()) == mine:
+    stages = out / "stages"
+    run_dir = stages / link.name
+    plan = {"recipe": as_dict(recipe), "after": upstream(recipe, stages)}
+    plan_file, done = run_dir / "plan.json", run_dir / "stage.json"
+    if run_dir.exists() and not (plan_file.exists() and json.loads(plan_file.read_text()) == plan):
+        console.print(f"{title}: planned otherwise before, trained anew")
+        shutil.rmtree(run_dir)
+    if done.exists():
         console.print(f"{title}: finished before")
         return
     console.print(f"[bold]{title}")
     for stale in (out / "model", out / "answers"):  # of an earlier end of the chain
         if stale.exists():
             shutil.rmtree(stale)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(plan_file, plan)
     stage.run(recipe, run_dir)
-    write_json(done, mine)
+    write_json(done, {"digest": digest(plan_file)})
+
+
+def upstream(recipe: Any, stages: Path) -> dict[str, str]:
+    """The finished stages whose files a recipe reads, each with the digest of its plan."""
+    files = [Path(getattr(recipe, name, "")) for name in ("init", "encoder_weights")]
+    names = sorted({file.relative_to(stages).parts[0] for file in files if file.is_relative_to(stages)})
+    return {name: json.loads((stages / name / "stage.json").read_text())["digest"] for name in names}
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def publish(out: Path) -> None:
@@ -277,7 +294,7 @@ def text_unchanged(out: Path) -> dict[str, bool]:
     """Whether the language model is what it was before any sense was grafted onto it: the bytes of its checkpoint,
     and the bits of its logits with everything attached."""
     before, after = out / "stages" / "text-sft" / "model", out / "model"
-    digests = {hashlib.sha256((path / "text.safetensors").read_bytes()).hexdigest() for path in (before, after)}
+    digests = {digest(path / "text.safetensors") for path in (before, after)}
     tokens = torch.arange(512).view(4, 128) % load(before).text.config.vocab_size
     with torch.inference_mode():
         same = torch.equal(load(before)(tokens), load(after)(tokens))

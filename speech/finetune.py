@@ -22,6 +22,7 @@ from ..text.model_directory import load_part
 from ..text.objective import Metrics, token_loss
 from ..train.recipe import Stage
 from .adapter import SpeechAdapter, SpeechAdapterConfig
+from .ctc import ctc_loss, token_logits
 from .features import SpecAugmentConfig, spec_augment
 
 
@@ -31,35 +32,62 @@ class SpeechRecipe(AdapterRecipe):
     Args:
         init: model directory; where it has a speech adapter, that one is trained further.
         adapter: sizes of a new speech adapter; None where `init` has one. Its `output_scale` is set to that of
-            the language model's token embeddings, and a CTC head is sized for its vocabulary where
-            `ctc_weight` is not 0.
+            the language model's token embeddings, and it gets a CTC head for bytes where `ctc_weight` is not 0.
         encoder_weights: safetensors file of the encoder pre-trained with BEST-RQ; "" starts it at random.
-        ctc_weight: of a CTC loss that predicts the transcript's tokens from the encoder alone. Not in the
-            paper: it shortens the way to an encoder that hears words.
+        ctc_weight: of a CTC loss that spells the transcript, in bytes of UTF-8, from the encoder alone.
+        alignment_weight: of a CTC loss that reads the transcript's tokens off the soft tokens, whose classes are
+            the language model's own token embeddings: what is heard comes to the language model as the words that
+            it knows. Neither loss is in the paper; both shorten the way by far.
+        blank: text of the token that stands where no word is heard, for the alignment; the language model should
+            have learned to read past it.
         augment: masks of SpecAugment; None for none.
     """
 
     adapter: SpeechAdapterConfig | None = None
     encoder_weights: str = ""
     ctc_weight: float = 0.0
+    alignment_weight: float = 0.0
+    blank: str = " ."
     augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
 
 
 @dataclass
-class SpeechBatch(Batch):
-    """A batch with the transcripts of its utterances, in the order of the speech inputs.
+class Transcripts:
+    """What is said in N utterances.
 
     Args:
-        transcripts: (N, L) int64 tokens, padded on the right; transcript_lengths: (N,) int64.
+        ids: (N, L) int64, padded on the right.
+        lengths: (N,) int64.
     """
 
-    transcripts: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
-    transcript_lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Transcripts:
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        return cls(ids, torch.tensor([len(row) for row in rows]))
+
+    def to(self, device) -> Transcripts:
+        return Transcripts(self.ids.to(device), self.lengths.to(device))
+
+
+@dataclass(kw_only=True)
+class SpeechBatch(Batch):
+    """A batch with the transcripts of its utterances, in the order of the speech inputs: as tokens of the language
+    model, and as bytes."""
+
+    tokens_said: Transcripts
+    bytes_said: Transcripts
 
     def to(self, device) -> SpeechBatch:
         moved = super().to(device)
-        transcripts, lengths = self.transcripts.to(device), self.transcript_lengths.to(device)
-        return SpeechBatch(moved.rows, moved.inputs, transcripts, lengths)
+        return SpeechBatch(
+            rows=moved.rows,
+            inputs=moved.inputs,
+            tokens_said=self.tokens_said.to(device),
+            bytes_said=self.bytes_said.to(device),
+        )
 
 
 class SpeechCollator(DialogCollator):
@@ -71,25 +99,29 @@ class SpeechCollator(DialogCollator):
             ValueError: a sample has no transcript, or not exactly one recording.
         """
         batch = super().__call__(samples)
-        tokens = []
         for _, sample in samples:
             if "txt" not in sample.members:
                 raise ValueError(f"{sample.shard}: sample {sample.key} has no member 'txt' with its transcript")
-            tokens.append(torch.tensor(self.tokenizer.encode(sample.text("txt"))))
         speech = batch.inputs.get("speech")
         if speech is None or speech.placements.input.tolist() != list(range(len(samples))):
             raise ValueError(f"{samples[0][1].shard}: every sample needs exactly one recording")
-        lengths = torch.tensor([len(row) for row in tokens])
-        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-        return SpeechBatch(batch.rows, batch.inputs, padded, lengths)
+        said = [sample.text("txt") for _, sample in samples]
+        return SpeechBatch(
+            rows=batch.rows,
+            inputs=batch.inputs,
+            tokens_said=Transcripts.of([self.tokenizer.encode(text) for text in said]),
+            bytes_said=Transcripts.of([list(text.encode()) for text in said]),
+        )
 
 
 @dataclass
 class SpeechObjective:
-    """Next-token loss of the answers, and `ctc_weight` times the CTC loss of the transcripts. Both are sums over
-    tokens; the count is that of the answers' tokens."""
+    """Next-token loss of the answers and the weighted CTC losses of the recipe, all summed over tokens; the count is
+    that of the answers' tokens. `blank` is a token of the language model."""
 
     ctc_weight: float
+    alignment_weight: float
+    blank: int
     augment: SpecAugmentConfig | None
 
     def __call__(self, model: ComposedModel, batch: SpeechBatch) -> tuple[Tensor, Tensor, Metrics]:
@@ -99,14 +131,24 @@ class SpeechObjective:
         if self.augment is not None and speech.training:
             features = spec_augment(features, frames, self.augment)
         encoded, lengths = speech.encode(features, frames)
-        given = {"speech": Contribution(soft_tokens=speech.bridge(encoded, lengths)[0])}
+        soft, soft_lengths = speech.bridge(encoded, lengths)
+        given = {"speech": Contribution(soft_tokens=soft)}
         hidden = model.hidden(batch.tokens, batch.inputs, documents=batch.documents, contributions=given)
         loss, count, metrics = token_loss(model.text, hidden, batch.labels)
+        metrics |= {"answer_loss": (loss.detach(), count)}
         if self.ctc_weight:
-            # Class 0 is the blank, so that the token t is class t + 1.
-            ctc, words = speech.ctc_loss(encoded, lengths, batch.transcripts + 1, batch.transcript_lengths)
-            metrics |= {"answer_loss": (loss.detach(), count), "ctc_loss": (ctc.detach(), words)}
-            loss = loss + self.ctc_weight * ctc
+            # Class 0 is the blank, so that the byte b is class b + 1.
+            said = batch.bytes_said
+            spelled, n = speech.ctc_loss(encoded, lengths, said.ids + 1, said.lengths)
+            metrics |= {"ctc_loss": (spelled.detach(), n)}
+            loss = loss + self.ctc_weight * spelled
+        if self.alignment_weight:
+            # Without the two vectors around the utterance.
+            logits = token_logits(soft[:, 1:] / speech.config.output_scale, model.text.tok_embeddings.weight)
+            said = batch.tokens_said
+            aligned, n = ctc_loss(logits, soft_lengths - 2, said.ids, said.lengths, self.blank)
+            metrics |= {"alignment_loss": (aligned.detach(), n)}
+            loss = loss + self.alignment_weight * aligned
         return loss, count, metrics
 
 
@@ -114,7 +156,7 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains the speech adapter and its encoder on dialogs and writes `run_dir/model`.
 
     Raises:
-        ValueError: `adapter` is given and `init` has one, or the other way round.
+        ValueError: `adapter` is given and `init` has one, or the other way round; `blank` is not one token.
     """
     torch.manual_seed(recipe.trainer.seed)
     model = load(recipe.init)
@@ -124,12 +166,15 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     if recipe.adapter is not None:
         recipe.adapter.output_scale = embedding_scale(model.text.tok_embeddings.weight)
         if recipe.ctc_weight:
-            recipe.adapter.ctc_classes = model.text.config.vocab_size + 1
+            recipe.adapter.ctc_classes = 1 + 256
         adapter = SpeechAdapter(recipe.adapter, model.text.config)
         if recipe.encoder_weights:
             load_part(adapter.encoder, Path(recipe.encoder_weights))
         model.attach(adapter)
-    objective = SpeechObjective(recipe.ctc_weight, recipe.augment)
+    blank = model.tokenizer.encode(recipe.blank)
+    if len(blank) != 1:
+        raise ValueError(f"blank: {recipe.blank!r} is {len(blank)} tokens of the language model; give a text of one")
+    objective = SpeechObjective(recipe.ctc_weight, recipe.alignment_weight, blank[0], recipe.augment)
     return train_on_dialogs(recipe, model, run_dir, objective, SpeechCollator)
 
 

@@ -3,12 +3,15 @@ paper; sizes and placement as in the released Llama 3.2 Vision)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..adapters.contract import Adapter, Contribution, InterleavedLayer
 from ..adapters.cross_attention import GatedCrossAttention
@@ -27,9 +30,11 @@ class ImageAdapterConfig:
         n_cross_layers: cross-attention layers in the language model, spread by `placement`.
         ffn_dim: hidden width of their feed-forward branch; None for that of the language model.
         gate_init: their gates before tanh at the start; 0 leaves the language model undisturbed.
-        memory_positions: tokens of a tile L, to each of which a learned vector is added after the projection, as in
-            DETR (arXiv 2005.12872); 0 for none, as released. Where a thing is, is a small part of what a small
-            encoder says of it, and cross-attention finds it late.
+        memory_positions: side of a square table of learned positions that is stretched over the whole image, all
+            its tiles together, and added to the patches after the projection and a LayerNorm, much as in DETR
+            (arXiv 2005.12872); 0 for neither, as released. Where a thing is, is a small part of what a small encoder
+            says of it, and cross-attention finds it late. The encoder's tokens must be a class token and a square
+            of patches.
     """
 
     encoder: dict[str, Any] = field(default_factory=lambda: {"type": "herdkit", "preset": "tiny"})
@@ -92,6 +97,15 @@ def cross_attention(text: TransformerConfig, ffn_dim: int | None, gate_init: flo
     )
 
 
+def stretched(table: Tensor, side: int, rows: int, columns: int, tiles: int) -> Tensor:
+    """A table (g, g, D) over the whole of rows x columns tiles of `side` patches squared: (tiles, side * side, D),
+    zeros for tiles beyond these."""
+    size = (rows * side, columns * side)
+    whole = F.interpolate(table.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=False)
+    cut = rearrange(whole[0], "d (r h) (c w) -> (r c) (h w) d", r=rows, c=columns)
+    return F.pad(cut, (0, 0, 0, 0, 0, tiles - len(cut)))
+
+
 class ImageAdapter(Adapter):
     """Images as memory for cross-attention. Each image stands in the text as one placeholder, whose embedding is
     learned. Letters in shapes as in `herdkit.vision.packed`; D width of the language model."""
@@ -106,8 +120,9 @@ class ImageAdapter(Adapter):
         self.encoder = build_encoder(config.encoder)
         self.prepare = ImagePreparation(tile_size=self.encoder.image_size, max_tiles=self.encoder.max_tiles)
         self.projection = nn.Linear(self.encoder.width, text.dim)
-        L = config.memory_positions
-        self.memory_position = nn.Parameter(torch.randn(L, text.dim)) if L else None
+        side = config.memory_positions
+        self.memory_norm = nn.LayerNorm(text.dim) if side else nn.Identity()
+        self.memory_position = nn.Parameter(torch.randn(side, side, text.dim)) if side else None
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
         self.cross_attention = nn.ModuleDict(
             {
@@ -120,10 +135,10 @@ class ImageAdapter(Adapter):
         """As in `Adapter.forward`.
 
         Raises:
-            ValueError: `memory_positions` is not the encoder's number of tokens.
+            ValueError: `memory_positions` are wanted, but the encoder's tokens are not 1 and a square.
         """
         features, mask = self.encoder(batch["tiles"], batch["n_tiles"], batch["grid"])
-        memory = self._memory(features)
+        memory = self._memory(features, batch["grid"])
         soft = self.placeholder_embedding.expand(len(memory), 1, -1)
         return Contribution(soft_tokens=soft, memory=memory, memory_mask=mask)
 
@@ -136,21 +151,21 @@ class ImageAdapter(Adapter):
             n_tiles, grid: (N,) and (N, 2), of every frame of a clip.
         """
         N, F = tiles.shape[:2]
-        features, mask = self.encoder(
-            tiles.flatten(0, 1), n_tiles.repeat_interleave(F), grid.repeat_interleave(F, dim=0)
-        )
-        return self._memory(features).unflatten(0, (N, F)), mask.unflatten(0, (N, F))
+        grid = grid.repeat_interleave(F, dim=0)
+        features, mask = self.encoder(tiles.flatten(0, 1), n_tiles.repeat_interleave(F), grid)
+        return self._memory(features, grid).unflatten(0, (N, F)), mask.unflatten(0, (N, F))
 
-    def _memory(self, features: Tensor) -> Tensor:
+    def _memory(self, features: Tensor, grid: Tensor) -> Tensor:
         """(N, T, L, width) to (N, T * L, D)."""
-        memory = self.projection(features)
+        memory = self.memory_norm(self.projection(features))
         if self.memory_position is not None:
-            if len(self.memory_position) != memory.shape[2]:
-                raise ValueError(
-                    f"memory_positions is {len(self.memory_position)}, but the encoder gives {memory.shape[2]} "
-                    "tokens for a tile"
-                )
-            memory = memory + self.memory_position
+            _, T, L, _ = features.shape
+            side = math.isqrt(L - 1)
+            if 1 + side**2 != L:
+                raise ValueError(f"memory_positions: the encoder gives {L} tokens for a tile, not 1 and a square")
+            grids, which = grid.unique(dim=0, return_inverse=True)
+            places = [stretched(self.memory_position, side, rows, columns, T) for rows, columns in grids.tolist()]
+            memory = memory + F.pad(torch.stack(places)[which], (0, 0, 1, 0))
         return memory.flatten(1, 2)
 
     def interleaved(self) -> Mapping[int, InterleavedLayer]:

@@ -110,7 +110,7 @@ def _sample(rng: Random, pairs: Sequence[tuple[str, str]]) -> Scene:
             sorted(rng.sample(cells, count)), rng.sample(chosen, count), strict=True
         )
     ]
-    size = rng.choices(((SIDE, SIDE), (2 * SIDE, SIDE), (SIDE, 2 * SIDE)), weights=(8, 1, 1))[0]
+    size = rng.choices(((SIDE, SIDE), (2 * SIDE, SIDE), (SIDE, 2 * SIDE)), weights=(18, 1, 1))[0]
     return Scene(objects=tuple(objects), word=word, word_row=word_row, size=size)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "DESCRIBE_PICTURE",
     "dialogues",
     "english_documents",
+    "hesitant",
     "new_question",
     "sentence",
     "word_salad",
@@ -51,7 +52,12 @@ def dialogues(rng: Random, count: int) -> Iterator[list[Message]]:
     """`count` dialogues of one to six turns, each a list of messages of the dialog schema, text only."""
     makers, weights = zip(*_MAKERS, strict=True)
     for maker in rng.choices(makers, weights=weights, k=count):
-        yield maker(rng)
+        messages = maker(rng)
+        if rng.random() < 0.4:
+            for message in messages:
+                if message["role"] == "user" and len(message["content"].split()) <= 12:
+                    message["content"] = hesitant(message["content"], rng)
+        yield messages
 
 
 def new_question(rng: Random) -> tuple[list[Message], Question]:
@@ -102,6 +108,19 @@ def spoken_vocabulary() -> tuple[str, ...]:
         *["object", "objects", "see", "moves", "move", "stays", "stay", "then", "while", "word", "written", "there"],
     }
     return tuple(sorted(words))
+
+
+PAUSE = "."
+
+
+def hesitant(text: str, rng: Random) -> str:
+    """The words with pauses between them, some said twice. Speech, at so many soft tokens a second, is spread like
+    this when it comes to the language model, which then knows how to read it."""
+    spread: list[str] = []
+    for word in text.split():
+        spread += [PAUSE] * rng.choices((0, 1, 2, 3), weights=(3, 4, 3, 1))[0]
+        spread += [word] * (2 if rng.random() < 0.1 else 1)
+    return " ".join([*spread, *[PAUSE] * rng.randrange(3)])
 
 
 def _user(text: str) -> Message:

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from herdkit.speech import ctc_loss, greedy_ctc
+from herdkit.speech import ctc_loss, greedy_ctc, token_logits
 from torch.nn import functional as F
 
 
@@ -76,10 +76,28 @@ def test_a_target_that_cannot_be_written_is_named():
     assert torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("token", [0, 4, -1])
-def test_targets_outside_the_classes_are_refused(token):
-    with pytest.raises(ValueError, match=r"in 1\.\.3"):
-        ctc_loss(torch.zeros(1, 5, 4), torch.tensor([5]), torch.tensor([[1, token]]), torch.tensor([2]))
+@pytest.mark.parametrize(("token", "blank"), [(0, 0), (4, 0), (-1, 0), (2, 2)])
+def test_targets_outside_the_classes_or_the_blank_are_refused(token, blank):
+    with pytest.raises(ValueError, match=rf"in 0\.\.3 and not the blank, {blank}"):
+        ctc_loss(torch.zeros(1, 5, 4), torch.tensor([5]), torch.tensor([[1, token]]), torch.tensor([2]), blank)
+
+
+def test_any_class_can_be_the_blank():
+    logits, lengths, targets, target_lengths = made_batch()
+    expected, _ = ctc_loss(logits, lengths, targets, target_lengths)
+    turned = logits.roll(-1, dims=2)  # class 0 becomes the last, 5
+    found, _ = ctc_loss(turned, lengths, targets - 1, target_lengths, blank=5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert greedy_ctc(turned, lengths, blank=5) == [[t - 1 for t in row] for row in greedy_ctc(logits, lengths)]
+
+
+def test_soft_tokens_are_most_like_the_words_that_they_are():
+    torch.manual_seed(0)
+    words = torch.randn(30, 16) * torch.rand(30, 1)
+    soft = F.normalize(words[[7, 3, 3]], dim=1)[None] * 4
+    logits = token_logits(soft, words)
+    assert logits.argmax(-1).tolist() == [[7, 3, 3]]
+    torch.testing.assert_close(logits.amax(-1), torch.full((1, 3), 4.0))
 
 
 def test_greedy_equals_collapsing_each_path():

@@ -321,3 +321,25 @@ def test_wrong_configs_are_named():
     for presets, name in ((image_adapter, "9b"), (video_adapter, "405b")):
         with pytest.raises(ValueError, match=name):
             presets.preset(name)
+
+
+def test_memory_positions_say_where_in_the_whole_image_a_patch_is():
+    adapter = image_of(memory_positions=2)
+    batch = images([[1, 2], [1, 1]])
+    with torch.no_grad():
+        memory = adapter(batch).memory.view(2, 2, L, -1)
+        left, right = adapter.memory_position.clone().unbind(1)  # of the upper and the lower row
+        adapter.memory_position.zero_()
+        plain = adapter(batch).memory.view(2, 2, L, -1)
+    added = memory - plain
+    torch.testing.assert_close(added[1, 0, 1:], torch.stack([left, right], 1).flatten(0, 1))
+    torch.testing.assert_close(added[0, 0, 1::2], left)
+    torch.testing.assert_close(added[0, 0, 2::2], 0.75 * left + 0.25 * right)
+    torch.testing.assert_close(added[0, 1, 2::2], right)
+    assert not added[:, :, 0].any()
+    torch.testing.assert_close(plain.mean(-1), torch.zeros_like(plain[..., 0]), rtol=0, atol=1e-9)
+    frames, _ = adapter.encode_frames(batch["tiles"][:, None], batch["n_tiles"], batch["grid"])
+    torch.testing.assert_close(frames[:, 0], plain.flatten(1, 2))
+    assert "memory_position" not in image_of().state_dict()
+    with pytest.raises(ValueError, match="memory_positions"):
+        image_of(memory_positions=-1)

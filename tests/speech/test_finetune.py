@@ -1,0 +1,114 @@
+"""The supervised stage's batch and objective: what is said reaches encoder and soft tokens, and only what it should
+reach."""
+
+import io
+
+import pytest
+import soundfile
+import torch
+from herdkit.adapters import Port
+from herdkit.adapters.compose import ComposedModel
+from herdkit.data.shards import Sample
+from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
+from herdkit.speech.finetune import SpeechCollator, SpeechObjective, Transcripts
+from herdkit.text.model import Transformer, TransformerConfig
+from herdkit.text.tokenizer import Tokenizer
+
+WORDS = ["red star", "go left", "what is two plus one"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([f"{words} . {words}" for words in WORDS] * 20, 540)
+
+
+@pytest.fixture
+def model(tokenizer) -> ComposedModel:
+    torch.manual_seed(0)
+    text = TransformerConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=48, vocab_size=tokenizer.vocab_size)
+    adapter = SpeechAdapterConfig(
+        conformer=ConformerConfig(dim=24, n_layers=1, n_heads=2, ffn_dim=40),
+        dim=32, ffn_dim=48, n_heads=4, ctc_classes=257, output_scale=1.0,
+    )  # fmt: skip
+    composed = ComposedModel(Transformer(text), tokenizer)
+    composed.attach(SpeechAdapter(adapter, text))
+    composed.text.requires_grad_(False)
+    return composed
+
+
+def sample(i: int, seconds: float = 1.5, **changes) -> Sample:
+    buffer = io.BytesIO()
+    noise = 0.1 * torch.randn(int(16_000 * seconds), generator=torch.Generator().manual_seed(i))
+    soundfile.write(buffer, noise.numpy(), 16_000, format="FLAC")
+    dialog = b'{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "flac"}]},'
+    dialog += b'{"role": "assistant", "content": "go left"}]}'
+    members = {"flac": buffer.getvalue(), "txt": WORDS[i % 3].encode(), "json": dialog}
+    return Sample(f"{i:03d}", "made.tar", {k: v for k, v in (members | changes).items() if v is not None})
+
+
+def collate(model, samples):
+    return SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])])(list(enumerate(samples)))
+
+
+def objective(model, ctc=0.0, alignment=0.0) -> SpeechObjective:
+    return SpeechObjective(ctc, alignment, model.tokenizer.encode(" .")[0], None)
+
+
+def gradients(model, found: SpeechObjective, batches) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    count = sum((batch.labels >= 0).sum() for batch in batches)
+    for batch in batches:
+        (found(model, batch)[0] / count).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_batch_holds_the_words_as_tokens_and_as_bytes(model):
+    batch = collate(model, [sample(0), sample(2)])
+    for i, words in enumerate((WORDS[0], WORDS[2])):
+        tokens, spelled = batch.tokens_said, batch.bytes_said
+        assert tokens.ids[i, : tokens.lengths[i]].tolist() == model.tokenizer.encode(words)
+        assert bytes(spelled.ids[i, : spelled.lengths[i]].tolist()).decode() == words
+    moved = batch.to("cpu")
+    assert isinstance(moved.tokens_said, Transcripts)
+    with pytest.raises(ValueError, match=r"made\.tar: sample 001 has no member 'txt'"):
+        collate(model, [sample(1, txt=None)])
+
+
+def test_each_loss_reaches_what_it_trains_and_nothing_else(model):
+    batch = collate(model, [sample(0), sample(1), sample(2, 2.0)])
+    plain, spelled, aligned = (
+        gradients(model, objective(model, *weights), [batch]) for weights in ((0, 0), (1, 0), (0, 1))
+    )
+    assert set(spelled) - set(plain) == {"speech.ctc.weight", "speech.ctc.bias"}
+    assert set(aligned) == set(plain)
+    changed = {name for name in plain if not torch.equal(plain[name], spelled[name])}
+    assert changed
+    assert all(name.startswith("speech.encoder.") for name in changed)
+    changed = {name.split(".")[1] for name in plain if not torch.equal(plain[name], aligned[name])}
+    assert {"encoder", "shorten", "attention", "output", "output_norm"} <= changed
+    assert not changed & {"begin", "end"}
+
+
+def test_split_batches_have_the_gradients_of_the_whole(model):
+    samples = [sample(i, 1.2 + 0.3 * i) for i in range(3)]
+    found = objective(model, 0.5, 0.7)
+    whole = gradients(model, found, [collate(model, samples)])
+    parts = gradients(model, found, [collate(model, samples[:1]), collate(model, samples[1:])])
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_alignment_makes_soft_tokens_the_words_that_are_said(model):
+    batch = collate(model, [sample(0), sample(1), sample(2)])
+    found = objective(model, 1.0, 1.0)
+    optimizer = torch.optim.AdamW(model.adapters["speech"].parameters(), lr=5e-3)
+    losses = []
+    for _ in range(60):
+        loss, count, metrics = found(model, batch)
+        optimizer.zero_grad()
+        (loss / count).backward()
+        optimizer.step()
+        aligned, n = metrics["alignment_loss"]
+        losses.append((aligned / n).item())
+    assert losses[-1] < 0.3 * losses[0]
