@@ -70,18 +70,12 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, norm_eps)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Values and output by Glorot's rule; queries and keys by one and the same orthogonal projection where
-        both sides have one width, so that text attends at first to memory that is like it (mimetic initialisation,
-        arXiv 2305.09828): what to look up is learned several times sooner than from independent draws. The paper
-        is silent."""
+        """By Glorot's rule, and `match_queries_to_keys` where both sides have one width. The paper is silent."""
         for linear in (self.wq, self.wk, self.wv, self.wo):
             nn.init.xavier_uniform_(linear.weight)
         if self.wq.in_features == self.wk.in_features:
-            nn.init.orthogonal_(self.wk.weight)
-            shared = self.wk.weight.view(self.n_kv_heads, 1, self.head_dim, -1)
-            self.wq.weight.copy_(shared.expand(-1, self.n_heads // self.n_kv_heads, -1, -1).reshape_as(self.wq.weight))
+            match_queries_to_keys(self.wq.weight, self.wk.weight, self.head_dim)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         N, M, _ = memory.shape
@@ -96,3 +90,14 @@ class CrossAttention(nn.Module):
             queries, keys.to(queries.dtype), values.to(queries.dtype), attn_mask=mask, enable_gqa=True
         )
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))
+
+
+@torch.no_grad()
+def match_queries_to_keys(query: Tensor, key: Tensor, head_dim: int) -> None:
+    """Sets both projections, (H * Dh, D) and (G * Dh, D), to one and the same orthogonal one for each group of heads,
+    so that what asks attends at first to what is like it (mimetic initialisation, arXiv 2305.09828). What to look up
+    is then learned several times sooner than from independent draws."""
+    nn.init.orthogonal_(key)
+    shared = key.view(-1, 1, head_dim, key.shape[1])
+    group = query.shape[0] // key.shape[0]
+    query.copy_(shared.expand(-1, group, -1, -1).reshape_as(query))

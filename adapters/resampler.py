@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..text.model import FeedForward, RMSNorm
+from .cross_attention import match_queries_to_keys
 
 
 class PerceiverResampler(nn.Module):
@@ -79,6 +80,7 @@ class ResamplerLayer(nn.Module):
         self.wq = nn.Linear(dim, dim, bias=False)
         self.wkv = nn.Linear(dim, 2 * dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
+        match_queries_to_keys(self.wq.weight, self.wkv.weight[:dim], dim // n_heads)
         self.ffn_norm = RMSNorm(dim, norm_eps)
         self.feed_forward = FeedForward(dim, ffn_dim)
 

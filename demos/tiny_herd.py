@@ -196,6 +196,8 @@ def train_link(link: Link, out: Path, seed: int, quick: bool, title: str, consol
     if quick:
         recipe.trainer.steps = max(10, round(recipe.trainer.steps * QUICK_STEPS))
         recipe.schedule.warmup_steps = round(recipe.schedule.warmup_steps * QUICK_STEPS)
+        if recipe.schedule.decay_steps is not None:
+            recipe.schedule.decay_steps = max(1, round(recipe.schedule.decay_steps * QUICK_STEPS))
     stages = out / "stages"
     run_dir = stages / link.name
     plan = {"recipe": as_dict(recipe), "after": upstream(recipe, stages)}

@@ -31,10 +31,9 @@ class ImageAdapterConfig:
         ffn_dim: hidden width of their feed-forward branch; None for that of the language model.
         gate_init: their gates before tanh at the start; 0 leaves the language model undisturbed.
         memory_positions: side of a square table of learned positions that is stretched over the whole image, all
-            its tiles together, and added to the patches after the projection and a LayerNorm, much as in DETR
-            (arXiv 2005.12872); 0 for neither, as released. Where a thing is, is a small part of what a small encoder
-            says of it, and cross-attention finds it late. The encoder's tokens must be a class token and a square
-            of patches.
+            its tiles together, and added to the patches after the projection, much as in DETR (arXiv 2005.12872);
+            0 for none, as released. Where a thing is, is a small part of what a small encoder says of it, and
+            cross-attention finds it late. The encoder's tokens must be a class token and a square of patches.
     """
 
     encoder: dict[str, Any] = field(default_factory=lambda: {"type": "herdkit", "preset": "tiny"})
@@ -121,7 +120,6 @@ class ImageAdapter(Adapter):
         self.prepare = ImagePreparation(tile_size=self.encoder.image_size, max_tiles=self.encoder.max_tiles)
         self.projection = nn.Linear(self.encoder.width, text.dim)
         side = config.memory_positions
-        self.memory_norm = nn.LayerNorm(text.dim) if side else nn.Identity()
         self.memory_position = nn.Parameter(torch.randn(side, side, text.dim)) if side else None
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
         self.cross_attention = nn.ModuleDict(
@@ -157,7 +155,7 @@ class ImageAdapter(Adapter):
 
     def _memory(self, features: Tensor, grid: Tensor) -> Tensor:
         """(N, T, L, width) to (N, T * L, D)."""
-        memory = self.memory_norm(self.projection(features))
+        memory = self.projection(features)
         if self.memory_position is not None:
             _, T, L, _ = features.shape
             side = math.isqrt(L - 1)

@@ -47,13 +47,10 @@ def _media(kind: str, member: str) -> Part:
     return {"type": kind, kind: member}
 
 
-def _asked(questions: Sequence[Question], medium: Part, split: Split, rng: Random) -> list[dict[str, Any]]:
-    """Some training questions are hesitant, as spoken ones will be."""
+def _asked(questions: Sequence[Question], medium: Part, rng: Random) -> list[dict[str, Any]]:
     messages = []
     for question in questions:
         text = texts.typed(question.question, rng)
-        if split == "train" and rng.random() < 0.2:
-            text = texts.hesitant(text, rng)
         messages += [_user(text) if messages else _user(medium, text), _assistant(question.sentence)]
     return messages
 
@@ -141,8 +138,8 @@ def _captioned(medium: Part, caption: str, instruction: str, rng: Random) -> lis
 def _questioned(medium: Part, asked: list[Question], split: Split, rng: Random) -> dict[str, Any]:
     """Six questions to train on, or as many as there are; one to test with."""
     if split == "train":
-        return {"messages": _asked(asked[:6], medium, split, rng)}
-    return {"messages": _asked(asked[:1], medium, split, rng), **_of(asked[0])}
+        return {"messages": _asked(asked[:6], medium, rng)}
+    return {"messages": _asked(asked[:1], medium, rng), **_of(asked[0])}
 
 
 def videos(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Literal["train", "new"]) -> list[Made]:

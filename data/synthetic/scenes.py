@@ -268,22 +268,6 @@ def _count_some(scene: Scene, rng: Random, about: SceneObject | None) -> Questio
     return Question(kind=f"count {attribute}", question=form.format(things), answer=NUMBERS[many], choices=NUMBERS[:5])
 
 
-def _exists(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
-    """Whether there is anything of one shape or one colour."""
-    attribute = rng.choice(("shape", "colour"))
-    present = {getattr(o, attribute) for o in scene.objects}
-    absent = [v for v in (SHAPES if attribute == "shape" else COLOURS) if v not in present]
-    if rng.random() < 0.5 or not absent:
-        value, answer = getattr(about or rng.choice(scene.objects), attribute), "yes"
-    elif about is None:
-        value, answer = rng.choice(absent), "no"
-    else:
-        return None
-    thing = with_article(value if attribute == "shape" else f"{value} object")
-    form = rng.choice(("is there {}", "do you see {}", "can you see {}"))
-    return Question(kind="exists", question=form.format(thing), answer=answer, choices=("yes", "no"))
-
-
 def _word(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
     if scene.word is None or about is not None:
         return None
@@ -299,6 +283,5 @@ _KINDS: tuple[Callable[..., Question | None], ...] = (
     _object_at,
     _count,
     _count_some,
-    _exists,
     _word,
 )

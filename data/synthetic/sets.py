@@ -51,7 +51,7 @@ class SetSizes:
     dialogues: int = 20_000
     pairs: int = 10_000
     captions: int = 1_500
-    scenes: int = 9_000
+    scenes: int = 11_000
     clips: int = 2_000
     transcripts: int = 5_000
     spoken_questions: int = 3_000

@@ -50,8 +50,6 @@ def answer(question, objects, word):
         value = m[1]
         singular = {"crosses": "cross"}.get(value, value.removesuffix("s"))
         return {numbers[sum(o[1] == value or o[2] == singular for o in objects)]}
-    if m := match(r"(?:is there|do you see|can you see) an? (\w+)( object)?"):
-        return {"yes" if any(o[1 if m[2] else 2] == m[1] for o in objects) else "no"}
     if m := match(r"(?:is the|what size is the|how big is the) (.+?)(?: big or small)?"):
         return {fitting(m[1])[0]}
     if m := match(r"(?:what colour is|which colour is|what is the colour of) the (\w+)"):
@@ -83,7 +81,7 @@ def test_questions_agree_with_a_reader_of_the_caption(split):
             assert len(set(question.choices)) == len(question.choices) > 1
             assert re.fullmatch(r"[a-z ]+", question.question)
             kinds[question.kind] += 1
-    assert len(kinds) == 10
+    assert len(kinds) == 9
     assert min(kinds.values()) > 12
 
 
@@ -107,15 +105,14 @@ def test_held_out_pairs_leave_every_colour_and_shape_in_training():
     assert len(words.HELD_OUT_PAIRS) == 6
 
 
-def test_yes_and_no_are_balanced():
+def test_big_and_small_are_balanced():
     rng = Random(3)
     found = Counter()
     for _ in range(2000):
         for question in scenes.questions(scenes.sample_scene(rng), rng):
-            if question.kind in ("exists", "size"):
-                found[question.kind, question.answer] += 1
-    for yes, no in ((("exists", "yes"), ("exists", "no")), (("size", "big"), ("size", "small"))):
-        assert 0.85 < found[yes] / found[no] < 1.18
+            if question.kind == "size":
+                found[question.answer] += 1
+    assert 0.85 < found["big"] / found["small"] < 1.18
 
 
 def test_captions_mention_what_they_are_told_to_of_every_object():

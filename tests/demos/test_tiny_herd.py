@@ -17,7 +17,9 @@ import pytest
 import torch
 from herdkit.data.shards import ShardReader
 from herdkit.demos import tiny_herd
+from herdkit.train.recipe import Stage, find_stage
 from PIL import Image
+from rich.console import Console
 
 pytestmark = pytest.mark.xdist_group("demo")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
@@ -181,3 +183,35 @@ def test_demo_scripts_run_on_a_held_out_file(demo, tmp_path, name):
         env=ENVIRONMENT,
     )
     assert said.returncode == 0, said.stderr
+
+
+def test_a_stage_is_trained_anew_when_it_or_what_it_builds_on_is_planned_otherwise(tmp_path, monkeypatch):
+    ran = []
+
+    def fake_stage(name):
+        def run(recipe, run_dir):
+            ran.append(run_dir.name)
+            (run_dir / "weights").touch()
+
+        return Stage(find_stage(name).recipe, run)
+
+    monkeypatch.setattr(tiny_herd, "find_stage", fake_stage)
+    links = [link for link in tiny_herd.CHAIN if link.name in ("text-pretrain", "text-sft", "speech-bestrq")]
+
+    def train(quick):
+        ran.clear()
+        for link in links:
+            own = quick and link.name == "text-pretrain"
+            tiny_herd.train_link(link, tmp_path, 0, own, link.title, Console(file=io.StringIO()))
+        return list(ran)
+
+    assert train(quick=False) == ["text-pretrain", "text-sft", "speech-bestrq"]
+    assert train(quick=False) == []
+    (tmp_path / "model").mkdir()
+    assert train(quick=True) == ["text-pretrain", "text-sft"]
+    assert not (tmp_path / "model").exists()
+    assert train(quick=True) == []
+    (tmp_path / "stages" / "text-sft" / "stage.json").unlink()  # as if it had been killed
+    (tmp_path / "stages" / "text-sft" / "checkpoint").touch()
+    assert train(quick=True) == ["text-sft"]
+    assert (tmp_path / "stages" / "text-sft" / "checkpoint").exists()
