@@ -20,6 +20,7 @@ from ..adapters.stage import AdapterRecipe, train_on_dialogs
 from ..data.shards import Sample
 from ..text.model_directory import load_part
 from ..text.objective import Metrics, token_loss
+from ..text.tokenizer import Tokenizer
 from ..train.recipe import Stage
 from .adapter import SpeechAdapter, SpeechAdapterConfig
 from .ctc import ctc_loss, token_logits
@@ -171,11 +172,21 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         if recipe.encoder_weights:
             load_part(adapter.encoder, Path(recipe.encoder_weights))
         model.attach(adapter)
-    blank = model.tokenizer.encode(recipe.blank)
-    if len(blank) != 1:
-        raise ValueError(f"blank: {recipe.blank!r} is {len(blank)} tokens of the language model; give a text of one")
-    objective = SpeechObjective(recipe.ctc_weight, recipe.alignment_weight, blank[0], recipe.augment)
+    assert model.tokenizer is not None  # every model directory has one
+    blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
+    objective = SpeechObjective(recipe.ctc_weight, recipe.alignment_weight, blank, recipe.augment)
     return train_on_dialogs(recipe, model, run_dir, objective, SpeechCollator)
+
+
+def blank_token(blank: str, tokenizer: Tokenizer) -> int:
+    """
+    Raises:
+        ValueError: it is not one token.
+    """
+    tokens = tokenizer.encode(blank)
+    if len(tokens) != 1:
+        raise ValueError(f"blank: {blank!r} is {len(tokens)} tokens of the language model; give a text of one")
+    return tokens[0]
 
 
 STAGE = Stage(SpeechRecipe, finetune)

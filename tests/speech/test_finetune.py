@@ -10,7 +10,7 @@ from herdkit.adapters import Port
 from herdkit.adapters.compose import ComposedModel
 from herdkit.data.shards import Sample
 from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
-from herdkit.speech.finetune import SpeechCollator, SpeechObjective, Transcripts
+from herdkit.speech.finetune import SpeechCollator, SpeechObjective, Transcripts, blank_token
 from herdkit.text.model import Transformer, TransformerConfig
 from herdkit.text.tokenizer import Tokenizer
 
@@ -112,3 +112,9 @@ def test_alignment_makes_soft_tokens_the_words_that_are_said(model):
         aligned, n = metrics["alignment_loss"]
         losses.append((aligned / n).item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_blank_has_to_be_one_token(model):
+    with pytest.raises(ValueError, match=r"blank: 'red star' is \d tokens"):
+        blank_token("red star", model.tokenizer)
+    assert model.tokenizer.decode([blank_token(" .", model.tokenizer)]) == " ."
