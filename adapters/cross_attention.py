@@ -97,7 +97,8 @@ def match_queries_to_keys(query: Tensor, key: Tensor, head_dim: int) -> None:
     """Sets both projections, (H * Dh, D) and (G * Dh, D), to one and the same orthogonal one for each group of heads,
     so that what asks attends at first to what is like it (mimetic initialisation, arXiv 2305.09828). What to look up
     is then learned several times sooner than from independent draws."""
-    nn.init.orthogonal_(key)
+    # Drawn in float32: there is no QR decomposition in bfloat16.
+    key.copy_(nn.init.orthogonal_(torch.empty_like(key, dtype=torch.float32)))
     shared = key.view(-1, 1, head_dim, key.shape[1])
     group = query.shape[0] // key.shape[0]
     query.copy_(shared.expand(-1, group, -1, -1).reshape_as(query))

@@ -33,7 +33,6 @@ __all__ = [
     "DESCRIBE_PICTURE",
     "dialogues",
     "english_documents",
-    "hesitant",
     "new_question",
     "sentence",
     "word_salad",
@@ -111,6 +110,7 @@ def spoken_vocabulary() -> tuple[str, ...]:
 
 
 PAUSE = "."
+"""What stands between hesitant words; with the space before it, the blank of the speech recipes."""
 
 
 def hesitant(text: str, rng: Random) -> str:

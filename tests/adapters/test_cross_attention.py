@@ -1,7 +1,8 @@
 """How a gated cross-attention layer starts."""
 
 import torch
-from herdkit.adapters.cross_attention import CrossAttention, GatedCrossAttention
+from herdkit.adapters.cross_attention import CrossAttention, GatedCrossAttention, match_queries_to_keys
+from herdkit.adapters.resampler import PerceiverResampler
 
 
 def test_text_attends_at_first_to_the_memory_that_is_like_it():
@@ -32,3 +33,17 @@ def test_query_heads_of_one_key_head_part_in_the_first_step():
     (out * torch.randn_like(out)).sum().backward()
     first, second = layer.attention.wq.weight.grad.view(2, 2, 16, 64).unbind(1)
     assert (first - second).norm() > 0.1 * first.norm()
+
+
+def test_latents_of_a_resampler_look_for_their_like_too():
+    for layer in PerceiverResampler(64, 3, 2, 4, 96, max_frames=2).layers:
+        assert torch.equal(layer.wq.weight, layer.wkv.weight[:64])
+        torch.testing.assert_close(layer.wq.weight @ layer.wq.weight.T, torch.eye(64), rtol=0, atol=1e-5)
+
+
+def test_weights_of_any_precision_and_without_memory_can_be_drawn():
+    query, key = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
+    match_queries_to_keys(query, key, 16)
+    assert torch.equal(query.view(2, 2, 16, 64), key.view(2, 1, 16, 64).expand(-1, 2, -1, -1))
+    with torch.device("meta"):
+        assert CrossAttention(64, 4, 2, 64, 1e-5).wq.weight.is_meta
