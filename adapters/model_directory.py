@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..text.model_directory import (
     ModelDirectoryError,
     dataclass_from_dict,
@@ -54,20 +56,47 @@ def load(path: str | os.PathLike, adapters: Sequence[str] | None = None) -> Comp
             tensors that are missing, surplus, ill-shaped or not finite.
     """
     path = Path(path)
+    text, tokenizer = load_text(path)
+    model = ComposedModel(text, tokenizer)
+    _attach(model, path, adapters)
+    return model.eval()
+
+
+def attach_adapters(model: ComposedModel, path: str | os.PathLike, adapters: Sequence[str] | None = None) -> None:
+    """Attaches the adapters of another model directory to a model: senses that were trained apart come together.
+
+    Args:
+        model: changed in place.
+        path: a directory that `save` wrote; its language model must be that of `model`, weight for weight.
+        adapters: the modalities to attach; None for all that `model` has not.
+
+    Raises:
+        ModelDirectoryError: as `load`, and where the language models differ or nothing is left to attach.
+    """
+    path = Path(path)
+    other, _ = load_text(path)
+    ours, theirs = model.text.state_dict(), other.state_dict()
+    if model.text.config != other.config or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
+    if adapters is None:
+        adapters = [name for name in read_config(path)["adapters"] if name not in model.adapters]
+    if not adapters:
+        raise ModelDirectoryError(f"{path} has no adapter that this model has not; it has {list(model.adapters)}")
+    _attach(model, path, adapters)
+
+
+def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) -> None:
     config = read_config(path)
     if missing := set(adapters or ()) - set(config["adapters"]):
         raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {list(config['adapters'])}")
-    text, tokenizer = load_text(path)
-    model = ComposedModel(text, tokenizer)
     for name, entry in config["adapters"].items():
         if adapters is not None and name not in adapters:
             continue
         try:
             kind = adapter_class(entry["type"])
             adapter_config = dataclass_from_dict(kind.config_class, entry["config"], f"adapters.{name}.config.")
-            adapter = kind(adapter_config, text.config)
+            adapter = kind(adapter_config, model.text.config)
         except (LookupError, ValueError) as error:
             raise ModelDirectoryError(f"{path / 'config.json'}: adapter {name!r}: {error}") from error
         load_part(adapter, path / f"{name}.safetensors")
         model.attach(adapter)
-    return model.eval()

@@ -12,7 +12,7 @@ from ..train.parallel import rank, world_size
 from ..train.recipe import StageRecipe, train_by
 from .batching import DialogCollator, Port
 from .compose import ComposedModel
-from .model_directory import save
+from .model_directory import attach_adapters, load, save
 from .objective import next_token
 
 
@@ -34,12 +34,23 @@ class AdapterRecipe(StageRecipe):
     """
     Args:
         init: model directory to start from.
+        attach: model directories whose further adapters join it; see
+            `herdkit.adapters.model_directory.attach_adapters`.
         data: dialogs with the media that the attached adapters take.
         freeze: names are `text.<parameter>` and `<modality>.<parameter>`.
     """
 
     init: str
+    attach: list[str] = field(default_factory=list)
     data: DialogDataConfig = field(default_factory=DialogDataConfig)
+
+
+def initial_model(recipe: AdapterRecipe) -> ComposedModel:
+    """The model of `recipe.init`, with the adapters of `recipe.attach`."""
+    model = load(recipe.init)
+    for path in recipe.attach:
+        attach_adapters(model, path)
+    return model
 
 
 def train_on_dialogs(

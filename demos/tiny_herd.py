@@ -6,7 +6,6 @@ point and started again, it goes on from the last finished point.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -25,25 +24,19 @@ from ..adapters.model_directory import load
 from ..data.shards import ShardReader
 from ..data.synthetic.sets import SetSizes, build
 from ..speech.evaluate import word_errors
-from ..train.config import as_dict, load_recipe
+from ..train.config import load_recipe
 from ..train.files import write_json
-from ..train.recipe import find_stage, read_stage_name
-
-PACKAGE = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """One stage of the chain: the folder under `stages/` that it fills, what it is, and its recipe."""
-
-    name: str
-    title: str
-    recipe: str
-
+from ..train.recipe import StageRecipe
+from .chain import Chain, Link, digest
 
 CHAIN = (
-    Link(name="text-pretrain", title="language model: pre-training", recipe="text/recipes/tiny_pretrain.yaml"),
-    Link(name="text-sft", title="language model: dialogues", recipe="text/recipes/tiny_sft.yaml"),
+    Link(
+        name="text-pretrain",
+        title="language model: pre-training",
+        recipe="text/recipes/tiny_pretrain.yaml",
+        alone=True,
+    ),
+    Link(name="text-sft", title="language model: dialogues", recipe="text/recipes/tiny_sft.yaml", alone=True),
     Link(name="vision-contrastive", title="vision encoder: contrast", recipe="vision/recipes/tiny_contrastive.yaml"),
     Link(name="image-pretrain", title="image adapter: captions", recipe="vision/recipes/tiny_image_pretrain.yaml"),
     Link(name="image-sft", title="image adapter: questions", recipe="vision/recipes/tiny_image_sft.yaml"),
@@ -56,6 +49,12 @@ CHAIN = (
         recipe="speech/recipes/tiny_transcription.yaml",
     ),
     Link(name="speech-dialog", title="speech adapter: questions", recipe="speech/recipes/tiny_dialog.yaml"),
+    Link(
+        name="together",
+        title="all senses: spoken questions about pictures",
+        recipe="speech/recipes/tiny_together.yaml",
+        alone=True,
+    ),
 )
 
 
@@ -131,9 +130,13 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, console: Console | Non
     seconds: dict[str, float] = {}
     with timed(seconds, "data"):
         make_data(out, seed, quick, console)
-    for number, link in enumerate(CHAIN, 1):
-        with timed(seconds, link.name):
-            train_link(link, out, seed, quick, f"{number}/{len(CHAIN)} {link.title}", console)
+
+    def recipe(link: Link) -> StageRecipe:
+        return tiny_recipe(link, out, seed, quick)
+
+    chain = Chain(CHAIN, out / "stages", recipe, console, before_training=lambda: discard_end(out))
+    chain.train()
+    seconds |= chain.seconds
     with timed(seconds, "evaluation"):
         publish(out)
         results = examine(out, console)
@@ -187,46 +190,21 @@ def make_data(out: Path, seed: int, quick: bool, console: Console) -> None:
         build(out / "data", sizes, seed=seed, progress=report)
 
 
-def train_link(link: Link, out: Path, seed: int, quick: bool, title: str, console: Console) -> None:
-    """Trains one stage, unless it is finished."""
-    path = PACKAGE / link.recipe
-    stage = find_stage(read_stage_name(path))
-    overrides = [f"root={out}", f"trainer.seed={seed}", f"data.seed={seed}"]
-    recipe = load_recipe(path, stage.recipe, overrides)
+def tiny_recipe(link: Link, out: Path, seed: int, quick: bool) -> StageRecipe:
+    recipe = load_recipe(link.path, link.stage.recipe, [f"root={out}", f"trainer.seed={seed}", f"data.seed={seed}"])
     if quick:
         recipe.trainer.steps = max(10, round(recipe.trainer.steps * QUICK_STEPS))
         recipe.schedule.warmup_steps = round(recipe.schedule.warmup_steps * QUICK_STEPS)
         if recipe.schedule.decay_steps is not None:
             recipe.schedule.decay_steps = max(1, round(recipe.schedule.decay_steps * QUICK_STEPS))
-    stages = out / "stages"
-    run_dir = stages / link.name
-    plan = {"recipe": as_dict(recipe), "after": upstream(recipe, stages)}
-    plan_file, done = run_dir / "plan.json", run_dir / "stage.json"
-    if run_dir.exists() and not (plan_file.exists() and json.loads(plan_file.read_text()) == plan):
-        console.print(f"{title}: planned otherwise before, trained anew")
-        shutil.rmtree(run_dir)
-    if done.exists():
-        console.print(f"{title}: finished before")
-        return
-    console.print(f"[bold]{title}")
-    for stale in (out / "model", out / "answers"):  # of an earlier end of the chain
+    return recipe
+
+
+def discard_end(out: Path) -> None:
+    """Deletes what an earlier end of the chain left."""
+    for stale in (out / "model", out / "answers"):
         if stale.exists():
             shutil.rmtree(stale)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(plan_file, plan)
-    stage.run(recipe, run_dir)
-    write_json(done, {"digest": digest(plan_file)})
-
-
-def upstream(recipe: Any, stages: Path) -> dict[str, str]:
-    """The finished stages whose files a recipe reads, each with the digest of its plan."""
-    files = [Path(getattr(recipe, name, "")) for name in ("init", "encoder_weights")]
-    names = sorted({file.relative_to(stages).parts[0] for file in files if file.is_relative_to(stages)})
-    return {name: json.loads((stages / name / "stage.json").read_text())["digest"] for name in names}
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def publish(out: Path) -> None:

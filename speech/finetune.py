@@ -14,9 +14,8 @@ from torch import Tensor
 from ..adapters.batching import Batch, DialogCollator
 from ..adapters.compose import ComposedModel
 from ..adapters.contract import Contribution, ModalityBatch
-from ..adapters.model_directory import load
 from ..adapters.projector import embedding_scale
-from ..adapters.stage import AdapterRecipe, train_on_dialogs
+from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..data.shards import Sample
 from ..text.model_directory import load_part
 from ..text.objective import Metrics, token_loss
@@ -160,7 +159,7 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         ValueError: `adapter` is given and `init` has one, or the other way round; `blank` is not one token.
     """
     torch.manual_seed(recipe.trainer.seed)
-    model = load(recipe.init)
+    model = initial_model(recipe)
     if (recipe.adapter is None) != ("speech" in model.modalities):
         has = "has" if "speech" in model.modalities else "has no"
         raise ValueError(f"adapter: {recipe.init} {has} speech adapter; give sizes for a new one, and only then")

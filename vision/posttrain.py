@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from ..adapters.model_directory import load
-from ..adapters.stage import AdapterRecipe, train_on_dialogs
+from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..train.recipe import Stage
 
 
 def finetune(recipe: AdapterRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains the adapters of `recipe.init` on dialogs and writes `run_dir/model`."""
     torch.manual_seed(recipe.trainer.seed)
-    return train_on_dialogs(recipe, load(recipe.init), run_dir)
+    return train_on_dialogs(recipe, initial_model(recipe), run_dir)
 
 
 STAGE = Stage(AdapterRecipe, finetune)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.model_directory import load
-from ..adapters.stage import AdapterRecipe, train_on_dialogs
+from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..data.shards import Sample
 from ..data.sources import DataConfig, open_loader
 from ..text.model_directory import load_part, load_text, save_part
@@ -121,7 +120,7 @@ class ImagePretrainRecipe(AdapterRecipe):
 def pretrain_image_adapter(recipe: ImagePretrainRecipe, run_dir: Path) -> dict[str, Any]:
     """Attaches a new image adapter and trains it, with its encoder, on captions."""
     torch.manual_seed(recipe.trainer.seed)
-    model = load(recipe.init)
+    model = initial_model(recipe)
     adapter = ImageAdapter(recipe.adapter, model.text.config)
     if recipe.encoder_weights:
         load_encoder(adapter.encoder, Path(recipe.encoder_weights))
@@ -151,7 +150,7 @@ class VideoPretrainRecipe(AdapterRecipe):
 def pretrain_video_adapter(recipe: VideoPretrainRecipe, run_dir: Path) -> dict[str, Any]:
     """Attaches a new video adapter and trains it on captions; all else stays as it is (section 7.4)."""
     torch.manual_seed(recipe.trainer.seed)
-    model = load(recipe.init)
+    model = initial_model(recipe)
     model.attach(VideoAdapter(recipe.adapter, model.text.config))
     return train_on_dialogs(recipe, model, run_dir)
 

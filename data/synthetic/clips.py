@@ -1,8 +1,9 @@
-"""Made clips: one to three shapes, of which one moves straight across the picture, or two do so in turn.
+"""Made clips: one to three shapes, of which one crosses the picture, or two do so in turn; between movements all
+rest.
 
-Every clip is as likely as the same clip played backwards, so no single frame from the middle of a movement says
-which way it goes, and objects that stay look like those that move. Drawing and encoding are in
-`herdkit.data.synthetic.drawing` and `herdkit.data.synthetic.encoding`.
+Every clip is as likely as the same clip played backwards, so no single frame says which way anything goes, and
+objects that stay look like those that move. Drawing and encoding are in `herdkit.data.synthetic.drawing` and
+`herdkit.data.synthetic.encoding`.
 """
 
 from __future__ import annotations
@@ -14,27 +15,38 @@ from random import Random
 from typing import Literal
 
 from .scenes import SceneObject, reference
-from .words import ALL_PAIRS, COLOURS, DIRECTIONS, SHAPES, SIZES, TRAINING_PAIRS, Question, listed
+from .words import ALL_PAIRS, COLOURS, PLACES, SHAPES, SIZES, TRAINING_PAIRS, Question, listed
 
 Split = Literal["train", "new", "text", "text new"]
 """As for pictures, `herdkit.data.synthetic.scenes.Split`."""
 
-_STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+_DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+_MOVING = 0.12
+"""Share of the clip's time that a movement takes."""
+_MIDDLES = {1: ((0.3, 0.7),), 2: ((0.25, 0.35), (0.65, 0.75))}
+"""The range of the middle of each movement, by their number; the clip backwards has the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Movement:
-    """Object `index` crosses the grid in `direction`, from its own cell to the far side."""
+    """Object `index` crosses the grid, from its own cell to the far side.
+
+    Args:
+        index: of the object.
+        direction: (columns, rows) of a step, one of them 0, the other -1 or 1.
+        middle: when half of the way is done, as a share of the clip's time.
+    """
 
     index: int
-    direction: str
+    direction: tuple[int, int]
+    middle: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class MovingScene:
     """Args:
     objects: where each stands at the start, in reading order.
-    movements: one or two, in order of time, of different objects; they share the clip's time equally.
+    movements: one or two, in order of time, of different objects.
     """
 
     objects: tuple[SceneObject, ...]
@@ -47,10 +59,9 @@ class MovingScene:
     def positions(self, time: float) -> list[tuple[float, float]]:
         """(column, row) of each object, in cells, at a time from 0 to 1."""
         places = [(float(o.column), float(o.row)) for o in self.objects]
-        share = 1 / len(self.movements)
-        for order, movement in enumerate(self.movements):
-            done = min(max((time - order * share) / share, 0.0), 1.0)
-            dx, dy = _STEPS[movement.direction]
+        for movement in self.movements:
+            done = min(max((time - movement.middle) / _MOVING + 0.5, 0.0), 1.0)
+            dx, dy = movement.direction
             column, row = places[movement.index]
             places[movement.index] = (column + 2 * done * dx, row + 2 * done * dy)
         return places
@@ -76,36 +87,45 @@ def _sample(rng: Random, pairs: Sequence[tuple[str, str]], count: int, movers: i
     ]
     movements = []
     occupied = list(cells)
-    for index in rng.sample(range(count), movers):
-        direction = rng.choice(DIRECTIONS)
-        dx, dy = _STEPS[direction]
+    for index, (earliest, latest) in zip(rng.sample(range(count), movers), _MIDDLES[movers], strict=True):
+        dx, dy = rng.choice(_DIRECTIONS)
         row, column = cells[index]
         path = [(row + k * dy, column + k * dx) for k in (1, 2)]
         if any(not (0 <= r < 3 and 0 <= c < 3) or (r, c) in occupied for r, c in path):
             return None
         occupied[index] = path[-1]
-        movements.append(Movement(index=index, direction=direction))
+        movements.append(Movement(index=index, direction=(dx, dy), middle=round(rng.uniform(earliest, latest), 3)))
     return MovingScene(objects=tuple(objects), movements=tuple(movements))
 
 
 def reverse(clip: MovingScene) -> MovingScene:
     """The clip played backwards."""
-    opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
     ends = clip.positions(1.0)
     order = sorted(range(len(ends)), key=lambda i: (ends[i][1], ends[i][0]))
     return MovingScene(
         objects=tuple(replace(clip.objects[i], column=round(ends[i][0]), row=round(ends[i][1])) for i in order),
         movements=tuple(
-            Movement(index=order.index(m.index), direction=opposite[m.direction]) for m in reversed(clip.movements)
+            Movement(
+                index=order.index(m.index),
+                direction=(-m.direction[0], -m.direction[1]),
+                middle=round(1 - m.middle, 3),
+            )
+            for m in reversed(clip.movements)
         ),
     )
 
 
 def caption(clip: MovingScene) -> str:
-    """ "the red circle moves right, then the blue square moves up while the green star stays"."""
-    moved = ", then ".join(f"the {clip.objects[m.index].name} moves {m.direction}" for m in clip.movements)
-    still = [f"the {o.name}" for o in _still(clip)]
-    return moved + (f" while {listed(still)} {'stays' if len(still) == 1 else 'stay'}" if still else "")
+    """ "the red circle goes from the left to the right, then the blue square goes from the bottom left to the
+    top left while the green star stays at the right"."""
+    moved = ", then ".join(statement(clip, movement) for movement in clip.movements)
+    still = [f"the {o.name} stays {o.where}" for o in _still(clip)]
+    return moved + (f" while {listed(still)}" if still else "")
+
+
+def statement(clip: MovingScene, movement: Movement) -> str:
+    """ "the red circle goes from the left to the right"."""
+    return f"the {clip.objects[movement.index].name} goes from {_path(clip, movement)}"
 
 
 def questions(clip: MovingScene, rng: Random) -> list[Question]:
@@ -114,6 +134,25 @@ def questions(clip: MovingScene, rng: Random) -> list[Question]:
     found = [question for question in asked if question is not None]
     rng.shuffle(found)
     return found
+
+
+def _path(clip: MovingScene, movement: Movement) -> str:
+    start = clip.objects[movement.index]
+    return _path_between(start.column, start.row, movement.direction)
+
+
+def _path_between(column: int, row: int, direction: tuple[int, int]) -> str:
+    dx, dy = direction
+    return f"the {PLACES[row][column]} to the {PLACES[row + 2 * dy][column + 2 * dx]}"
+
+
+_PATHS = tuple(
+    _path_between(column, row, (dx, dy))
+    for row in range(3)
+    for column in range(3)
+    for dx, dy in _DIRECTIONS
+    if 0 <= column + 2 * dx < 3 and 0 <= row + 2 * dy < 3
+)
 
 
 def _still(clip: MovingScene) -> list[SceneObject]:
@@ -134,41 +173,73 @@ def _mover(clip: MovingScene, rng: Random) -> Question | None:
         return None
     one, _, words = _one_movement(clip, rng)
     form = rng.choice(("which object {}", "what {}", "what is the object that {}"))
-    names = tuple(o.name for o in clip.objects)
     return Question(
         kind="mover",
         question=form.format(words),
         answer=one.name,
-        choices=names,
+        choices=tuple(o.name for o in clip.objects),
         form=f"the object that {words} is the {{}}",
     )
 
 
-def _direction(clip: MovingScene, rng: Random) -> Question | None:
-    one, movement, words = _one_movement(clip, rng)
-    name = f"the {reference(clip.objects, one, rng)}"
-    if rng.random() < 0.3:
-        name = f"the object that {words}"
-    form = rng.choice(("which way does {} move", "where does {} move", "in which direction does {} move"))
-    if "object" in name:
-        form = rng.choice(("which way does {} go", "where does {} go", "in which direction does {} go"))
-    sentence = f"{name} {'goes' if 'object' in name else 'moves'} {{}}"
+def _stays(clip: MovingScene, rng: Random) -> Question | None:
+    still = _still(clip)
+    if len(still) != 1:
+        return None
+    form = rng.choice(("which object stays", "what stays", "what is the object that stays"))
     return Question(
-        kind="direction",
+        kind="stays",
+        question=form,
+        answer=still[0].name,
+        choices=tuple(o.name for o in clip.objects),
+        form="the object that stays is the {}",
+    )
+
+
+def _movement(clip: MovingScene, rng: Random) -> Question | None:
+    one, movement, _ = _one_movement(clip, rng)
+    form = rng.choice(("where does the {} go", "where does the {} move", "from where to where does the {} go"))
+    name = reference(clip.objects, one, rng)
+    return Question(
+        kind="movement",
         question=form.format(name),
-        answer=movement.direction,
-        choices=DIRECTIONS,
-        form=sentence,
+        answer=_path(clip, movement),
+        choices=_PATHS,
+        form=f"the {name} goes from {{}}",
+    )
+
+
+def _place(clip: MovingScene, rng: Random) -> Question | None:
+    """Of any object, so that whether it moves is not known beforehand."""
+    index = rng.randrange(len(clip.objects))
+    time, when, forms = rng.choice(
+        (
+            (0.0, "at the start", ("where is the {} at the start", "where is the {} at first")),
+            (1.0, "at the end", ("where is the {} at the end", "where does the {} end")),
+        )
+    )
+    name = reference(clip.objects, clip.objects[index], rng)
+    column, row = map(round, clip.positions(time)[index])
+    places = tuple(replace(clip.objects[index], column=c, row=r).where for r in range(3) for c in range(3))
+    return Question(
+        kind=f"place {when}",
+        question=rng.choice(forms).format(name),
+        answer=places[3 * row + column],
+        choices=places,
+        form=f"{when} the {name} is {{}}",
     )
 
 
 def _happens(clip: MovingScene, rng: Random) -> Question | None:
     if len(clip.objects) == 1:
         return None
-    one, _, words = _one_movement(clip, rng)
-    question = f"what happens {words.partition(' ')[2]}".strip()
-    sentences = tuple(f"the {o.name} moves" for o in clip.objects)
-    return Question(kind="happens", question=question, answer=f"the {one.name} moves", choices=sentences)
+    _, movement, words = _one_movement(clip, rng)
+    return Question(
+        kind="happens",
+        question=f"what happens {words.partition(' ')[2]}".strip(),
+        answer=statement(clip, movement),
+        choices=tuple(f"the {o.name} goes from {path}" for o in clip.objects for path in _PATHS),
+    )
 
 
 def _count(clip: MovingScene, rng: Random) -> Question | None:
@@ -199,39 +270,12 @@ def _attribute(clip: MovingScene, rng: Random) -> Question | None:
     )
 
 
-def _moves(clip: MovingScene, rng: Random) -> Question | None:
-    still = _still(clip)
-    if not still:
-        return None
-    if rng.random() < 0.5:
-        one, answer = _one_movement(clip, rng)[0], "yes"
-    else:
-        one, answer = rng.choice(still), "no"
-    name = reference(clip.objects, one, rng)
-    return Question(kind="moves", question=f"does the {name} move", answer=answer, choices=("yes", "no"))
-
-
-def _before(clip: MovingScene, rng: Random) -> Question | None:
-    if len(clip.movements) == 1:
-        return None
-    first, last = (reference(clip.objects, clip.objects[m.index], rng) for m in clip.movements)
-    answer, words = rng.choice((("yes", "before"), ("no", "after")))
-    if rng.random() < 0.5:
-        first, last, answer = last, first, "no" if answer == "yes" else "yes"
-    return Question(
-        kind="before",
-        question=f"does the {first} move {words} the {last}",
-        answer=answer,
-        choices=("yes", "no"),
-    )
-
-
 _KINDS: tuple[Callable[..., Question | None], ...] = (
     _mover,
-    _direction,
+    _stays,
+    _movement,
+    _place,
     _happens,
     _count,
     _attribute,
-    _moves,
-    _before,
 )

@@ -47,10 +47,7 @@ def _middle(cell: int, length: int, rng: Random) -> float:
 
 
 def draw_clip(clip: MovingScene, frames: int, rng: Random, size: int = SIDE) -> list[np.ndarray]:
-    """`frames` pictures over the whole clip, each (size, size, 3) uint8.
-
-    Movement takes the middle 90 % of the clip; the ground stays the same, so that only objects change.
-    """
+    """`frames` pictures over the whole clip, each (size, size, 3) uint8; the ground stays the same."""
     ground, _ = _ground(size, size, rng)
     tints = [_tint(o.colour, rng) for o in clip.objects]
     scales = [_scale(rng) for _ in clip.objects]
@@ -58,7 +55,7 @@ def draw_clip(clip: MovingScene, frames: int, rng: Random, size: int = SIDE) -> 
     masks: dict[tuple[int, float, float], _Mask] = {}  # most objects stand still in most frames
     drawn = []
     for number in range(frames):
-        time = (number / max(frames - 1, 1) - 0.05) / 0.9
+        time = number / max(frames - 1, 1)
         picture = ground.copy()
         for i, (column, row) in enumerate(clip.positions(time)):
             x, y = ((cell + 0.5) * size / 3 + shift for cell, shift in zip((column, row), jitters[i], strict=True))

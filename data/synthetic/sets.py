@@ -23,7 +23,7 @@ from typing import Any
 from ..shards import ShardWriter
 from . import samples
 
-VERSION = 3
+VERSION = 4
 _JOB = 250
 """Samples of one job. Part of the format: within one job, espeak-ng's samples depend on what it spoke before."""
 
@@ -47,7 +47,7 @@ class SetSizes:
     """
 
     english_bytes: int = 2_500_000
-    recitations: int = 5_000
+    recitations: int = 15_000
     dialogues: int = 20_000
     pairs: int = 10_000
     captions: int = 1_500

@@ -15,7 +15,6 @@ from .english import english_documents
 from .facts import Fact, facts, vocabulary
 from .words import (
     COLOURS,
-    DIRECTIONS,
     NUMBERS,
     PLACE_NAMES,
     SHAPES,
@@ -52,7 +51,7 @@ def dialogues(rng: Random, count: int) -> Iterator[list[Message]]:
     makers, weights = zip(*_MAKERS, strict=True)
     for maker in rng.choices(makers, weights=weights, k=count):
         messages = maker(rng)
-        if rng.random() < 0.4:
+        if rng.random() < (0.6 if maker is _copy else 0.4):
             for message in messages:
                 if message["role"] == "user" and len(message["content"].split()) <= 12:
                     message["content"] = hesitant(message["content"], rng)
@@ -86,8 +85,9 @@ def sentence(rng: Random, *, held_out_facts: bool = False) -> str:
 
 
 def recitation(rng: Random) -> str:
-    """A few random words said over and over. Attention heads that copy form on such text within a million tokens,
-    on prose not within a hundred; transcription needs them, and the language model cannot learn them later."""
+    """A few random words said over and over. Attention heads that copy form on such text within half a million
+    tokens, all at once, if hardly anything else is learned meanwhile; in a mixture they come many times later, on prose
+    not within a hundred million. Transcription and every question on a description need them."""
     words = word_salad(rng, 3, 8)
     return " ".join([words] * (32 // len(words.split())))
 
@@ -101,10 +101,11 @@ def spoken_vocabulary() -> tuple[str, ...]:
     """Every word that made speech may hold."""
     words = {
         *vocabulary(),
-        *(*COLOURS, *SHAPES, *SIZES, *WRITTEN_WORDS, *DIRECTIONS, *NUMBERS),
+        *(*COLOURS, *SHAPES, *SIZES, *WRITTEN_WORDS, *NUMBERS),
         *(word for place in PLACE_NAMES for word in place.split()),
         *(plural(shape) for shape in SHAPES),
-        *["object", "objects", "see", "moves", "move", "stays", "stay", "then", "while", "word", "written", "there"],
+        *["object", "objects", "things", "place", "size", "word", "written", "there", "see", "that", "or", "at"],
+        *["from", "to", "where", "are", "goes", "go", "moves", "move", "stays", "happens", "then", "start", "end"],
     }
     return tuple(sorted(words))
 
@@ -216,9 +217,9 @@ _MAKERS: tuple[tuple[Callable[[Random], list[Message]], float], ...] = (
     (_arithmetic, 0.08),
     (_knowledge, 0.14),
     (_talk, 0.03),
-    (_copy, 0.22),
-    (_scene, 0.38),
-    (_clip, 0.15),
+    (_copy, 0.26),
+    (_scene, 0.35),
+    (_clip, 0.14),
 )
 
 
@@ -229,7 +230,8 @@ def _scene_statement(rng: Random, held_out_facts: bool) -> str:
 
 
 def _clip_statement(rng: Random, held_out_facts: bool) -> str:
-    return clips.caption(clips.sample_clip(rng, "text")).partition(" while ")[0]
+    clip = clips.sample_clip(rng, "text")
+    return clips.statement(clip, rng.choice(clip.movements))
 
 
 def _scene_question(rng: Random, held_out_facts: bool) -> str:

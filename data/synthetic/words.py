@@ -23,7 +23,6 @@ PLACES = (
     ("bottom left", "bottom middle", "bottom right"),
 )
 PLACE_NAMES = tuple(name for row in PLACES for name in row)
-DIRECTIONS = ("left", "right", "up", "down")
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
@@ -55,7 +54,7 @@ class Question:
     Args:
         kind: what is asked for ("colour", "count", ...).
         question: lower-case words without punctuation, as it would be spoken.
-        answer: one to four lower-case words.
+        answer: lower-case words, mostly one to four.
         choices: the possible answers of this kind, from which 1 / len(choices) is the level of chance.
         form: the sentence that holds the answer at its end. It says first what was asked about, so that a small
             language model has it before its eyes when it looks the answer up.

@@ -4,7 +4,7 @@ from pathlib import Path
 import herdkit
 import pytest
 import torch
-from herdkit.adapters import ModelDirectoryError, compose, register_adapter
+from herdkit.adapters import ModelDirectoryError, attach_adapters, compose, register_adapter
 from herdkit.text import Tokenizer, Transformer, TransformerConfig
 from herdkit.text.model_directory import save_text
 from safetensors.torch import load_file, save_file
@@ -69,6 +69,26 @@ def test_a_failed_save_leaves_the_old_model_and_no_rubbish(model, tmp_path, monk
         herdkit.save(model, path)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (path / "image.safetensors").read_bytes() == before
+
+
+def test_senses_trained_apart_come_together_on_the_language_model_they_share(model, tmp_path):
+    whole = herdkit.save(model, tmp_path / "whole")
+    sight, hearing = (herdkit.load(whole, adapters=[name]) for name in ("image", "speech"))
+    herdkit.save(hearing, tmp_path / "hearing")
+    attach_adapters(sight, tmp_path / "hearing")
+    assert sight.modalities == model.modalities
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(sight.state_dict()[name], tensor), name
+    with pytest.raises(ModelDirectoryError, match=r"hearing has no adapter that this model has not.*image.*speech"):
+        attach_adapters(sight, tmp_path / "hearing")
+    with pytest.raises(ModelDirectoryError, match=r"hearing has no adapter \['video'\]"):
+        attach_adapters(sight, tmp_path / "hearing", ["video"])
+    stranger = herdkit.load(whole, adapters=["image"])
+    with torch.no_grad():
+        stranger.text.norm.weight[3] += 1e-3
+    with pytest.raises(ModelDirectoryError, match="hearing: its adapters were trained for another language model"):
+        attach_adapters(stranger, tmp_path / "hearing")
+    assert stranger.modalities == ["image"]
 
 
 def spoil(path: Path, change):

@@ -16,34 +16,40 @@ from herdkit.data.synthetic.encoding import video
 
 
 def read_caption(text):
-    """Moves as (name, direction) in order, and the names of what stays."""
+    """Moves as (name, start, end) in order, and (name, place) of what stays; a place with its preposition."""
     moved, _, still = text.partition(" while ")
-    moves = [re.fullmatch(r"the (\w+ \w+) moves (\w+)", part).groups() for part in moved.split(", then ")]
-    return moves, re.findall(r"the (\w+ \w+)", still.removesuffix(" stays").removesuffix(" stay"))
+    move = r"the (\w+ \w+) goes from the (.+) to the (.+)"
+    moves = [re.fullmatch(move, part).groups() for part in moved.split(", then ")]
+    stays = [re.fullmatch(r"the (\w+ \w+) stays (.+)", part).groups() for part in re.split(", | and ", still) if part]
+    return moves, stays
 
 
-def answer(question, moves, still):
-    names = [name for name, _ in moves] + still
+def answer(question, moves, stays):
+    names = [name for name, *_ in [*moves, *stays]]
 
     def fitting(name):
         found = [n for n in names if n == name or n.split()[1] == name]
         assert len(found) == 1, f"{name} is ambiguous"
         return found[0]
 
-    order = -1 if question.split()[-1] == "last" or "moves last" in question else 0
-    assert len(moves) == 1 or order or "first" in question or not re.search(r"\bmoves\b", question)
-    name, direction = moves[order]
     if re.match(r"how many|count", question):
         return ("zero", "one", "two")[len(moves)]
-    if m := re.fullmatch(r"does the (.+) move (before|after) the (.+)", question):
-        places = [[n for n, _ in moves].index(fitting(m[g])) for g in (1, 3)]
-        return "yes" if (places[0] < places[1]) == (m[2] == "before") else "no"
-    if m := re.fullmatch(r"does the (.+) move", question):
-        return "yes" if fitting(m[1]) in dict(moves) else "no"
-    if m := re.fullmatch(r"(?:which way does|where does|in which direction does) the (.+) (?:move|go)", question):
-        return direction if "object" in m[1] else dict(moves)[fitting(m[1])]
+    if "stays" in question:
+        ((name, _),) = stays
+        return name
+    where = dict(stays)
+    if m := re.fullmatch(r"where (?:is|does) the (.+?) (at the start|at first|at the end|end)", question):
+        ends = {name: f"at the {place[m[2].endswith('end')]}" for name, *place in moves}
+        return (where | ends)[fitting(m[1])]
+    paths = {name: f"the {start} to the {end}" for name, start, end in moves}
+    if m := re.fullmatch(r"(?:where|from where to where) does the (.+) (?:move|go)", question):
+        return paths[fitting(m[1])]
+    order = -1 if question.endswith("last") else 0
+    assert len(moves) == 1 or order or question.endswith("first")
+    name = moves[order][0]
     if question.startswith("what happens"):
-        return f"the {name} moves"
+        return f"the {name} goes from {paths[name]}"
+    assert "moves" in question
     if re.match(r"(what|which) (colour|shape)", question):
         return name.split()["colour" not in question]
     return name
@@ -55,16 +61,16 @@ def test_questions_agree_with_a_reader_of_the_caption():
     for split in ("train", "new", "text", "text new"):
         for _ in range(120):
             clip = clips.sample_clip(rng, split)
-            moves, still = read_caption(clips.caption(clip))
-            assert len(moves) + len(still) == len(clip.objects)
+            moves, stays = read_caption(clips.caption(clip))
+            assert len(moves) + len(stays) == len(clip.objects)
             for question in clips.questions(clip, rng):
-                assert answer(question.question, moves, still) == question.answer, question
+                assert answer(question.question, moves, stays) == question.answer, question
                 assert question.answer in question.choices
                 assert question.sentence == question.form.format(question.answer)
                 assert question.sentence.endswith(question.answer)
                 assert len(set(question.choices)) == len(question.choices) > 1
                 kinds[question.kind] += 1
-    assert len(kinds) == 8
+    assert len(kinds) == 9
     assert min(kinds.values()) > 25
 
 
@@ -78,7 +84,7 @@ def test_splits_are_apart_and_show_no_held_out_pair():
 def test_each_direction_is_as_likely():
     rng = Random(2)
     found = Counter(m.direction for _ in range(2000) for m in clips.sample_clip(rng).movements)
-    assert set(found) == set(words.DIRECTIONS)
+    assert set(found) == {(-1, 0), (1, 0), (0, -1), (0, 1)}
     assert max(found.values()) < 1.2 * min(found.values())
 
 
@@ -89,9 +95,9 @@ def test_backwards_the_same_frames_tell_the_reverse():
         clip = clips.sample_clip(rng)
         back = clips.reverse(clip)
         assert clips.reverse(back) == clip
-        opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
-        directions = [m.direction for m in clip.movements]
-        assert [m.direction for m in back.movements] == [opposite[d] for d in reversed(directions)]
+        paths = [(start, end) for _, start, end in read_caption(clips.caption(clip))[0]]
+        backwards = [(start, end) for _, start, end in read_caption(clips.caption(back))[0]]
+        assert backwards == [(end, start) for start, end in reversed(paths)]
         for time in np.linspace(0, 1, 7):
             shown = {(o.name, *np.round(p, 6)) for o, p in zip(clip.objects, clip.positions(time), strict=True)}
             same = zip(back.objects, back.positions(1 - time), strict=True)
@@ -115,6 +121,13 @@ def centre(frame, colour):
     return np.argwhere(near).mean(0)[::-1]
 
 
+def cell(point):
+    """The name of the place, in a picture of 96 pixels, whose middle is at most 6 pixels away."""
+    column, row = (np.array(point) // 32).astype(int)
+    assert np.abs(point - (np.array([column, row]) * 32 + 16)).max() < 6
+    return words.PLACES[row][column]
+
+
 @pytest.mark.parametrize("container", ["mp4", "webm"])
 @pytest.mark.parametrize("rate", [8, 24])
 def test_decoded_pixels_move_as_the_caption_says(container, rate):
@@ -129,18 +142,27 @@ def test_decoded_pixels_move_as_the_caption_says(container, rate):
         decoded = load_video(data, 8)
         assert decoded.frames.shape == (8, 3, 96, 96)
         frames = decoded.frames.permute(0, 2, 3, 1).numpy()
-        moves, still = read_caption(clips.caption(clip))
-        half = {len(moves): (0, -1)} if len(moves) == 1 else {0: (0, 3), 1: (4, -1)}
-        for order, (name, direction) in enumerate(moves):
-            before, after = half.get(order, (0, -1)) if len(moves) == 2 else (0, -1)
-            dx, dy = centre(frames[after], name.split()[0]) - centre(frames[before], name.split()[0])
-            along, across = (dx, dy) if direction in ("left", "right") else (dy, dx)
-            assert (along > 0) == (direction in ("right", "down"))
-            assert abs(along) > 20
-            assert abs(across) < 4
-        for name in still:
-            shift = centre(frames[-1], name.split()[0]) - centre(frames[0], name.split()[0])
-            assert np.abs(shift).max() < 2
+        moves, stays = read_caption(clips.caption(clip))
+        times = {1: [(0, -1)], 2: [(0, 3), (4, -1)]}[len(moves)]
+        for (name, *path), (before, after) in zip(moves, times, strict=True):
+            for frame, place in zip((before, after), path, strict=True):
+                assert cell(centre(frames[frame], name.split()[0])) == place
+        for name, where in stays:
+            for frame in frames:
+                assert cell(centre(frame, name.split()[0])) == where.split("the ")[1]
+
+
+def test_objects_rest_at_the_start_and_at_the_end_and_between_two_movements():
+    rng = Random(8)
+    for _ in range(100):
+        clip = clips.sample_clip(rng)
+        rests = [np.linspace(0, 0.18, 3), np.linspace(0.82, 1, 3)]
+        if len(clip.movements) == 2:
+            rests.append(np.linspace(0.42, 0.58, 3))
+        for times in rests:
+            places = np.array([clip.positions(time) for time in times])
+            assert (places == places.round()).all()
+            assert (places == places[:1]).all()
 
 
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "h264"), ("webm", "vp9")])
