@@ -85,7 +85,7 @@ class ComposedModel(nn.Module):
                 if getattr(other, attribute) == getattr(adapter, attribute):
                     value = getattr(adapter, attribute)
                     raise ValueError(f"cannot attach {name!r}: {other.modality!r} has the {attribute} {value!r}")
-        if missing := set(adapter.requires) - set(self.modalities):
+        if missing := set(adapter.requires) - {"text", *self.modalities}:
             raise ValueError(f"cannot attach {name!r} before the adapters it requires: {sorted(missing)}")
         n_layers = self.text.config.n_layers
         if outside := [i for i in adapter.interleaved() if not 0 <= i < n_layers]:

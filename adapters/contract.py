@@ -144,8 +144,8 @@ class Adapter(nn.Module, ABC):
         placeholder: the special token that marks where an input stands in the text.
         visibility: see `Visibility`.
         order: among the interleaved layers around one text layer, smaller runs first.
-        requires: modalities whose adapters `forward` takes as keyword arguments (video encodes its frames
-            with the image adapter's encoder).
+        requires: what `forward` takes as keyword arguments: modalities, for their adapters (video encodes its frames
+            with the image adapter's encoder), or "text", for the language model.
         config: the dataclass it was built from; written to and read from `config.json`.
         prepare: its `Preparation`.
     """
@@ -157,7 +157,7 @@ class Adapter(nn.Module, ABC):
     config_class: ClassVar[type]
     visibility: ClassVar[Visibility] = "latest"
     order: ClassVar[int] = 0
-    requires: ClassVar[tuple[str, ...]] = ()
+    requires: tuple[str, ...] = ()
 
     config: Any
     prepare: Preparation
@@ -173,12 +173,12 @@ class Adapter(nn.Module, ABC):
         self.config = config
 
     @abstractmethod
-    def forward(self, batch: Mapping[str, Tensor], **required: Adapter) -> Contribution:
+    def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
         """Encodes N inputs.
 
         Args:
             batch: what `prepare` made of them.
-            required: the adapters named in `requires`, by modality.
+            required: the parts of the model that `requires` names.
         """
 
     def interleaved(self) -> Mapping[int, InterleavedLayer]:

@@ -102,3 +102,11 @@ def match_queries_to_keys(query: Tensor, key: Tensor, head_dim: int) -> None:
     shared = key.view(-1, 1, head_dim, key.shape[1])
     group = query.shape[0] // key.shape[0]
     query.copy_(shared.expand(-1, group, -1, -1).reshape_as(query))
+
+
+@torch.no_grad()
+def pass_unchanged(first: Tensor, second: Tensor) -> None:
+    """Sets two projections, (M, D) and (D, M), to an orthogonal one and its transpose: what goes through both of them
+    comes out as it was, or, where M < D, its part in M dimensions."""
+    first.copy_(nn.init.orthogonal_(torch.empty_like(first, dtype=torch.float32)))
+    second.copy_(first.T)

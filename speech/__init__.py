@@ -4,7 +4,7 @@ model (section 8 of "The Llama 3 Herd of Models", arXiv 2407.21783)."""
 from .adapter import SpeechAdapter, SpeechAdapterConfig, SpeechPreparation, adapter_preset
 from .bestrq import BestRQ, BestRQConfig, random_crop
 from .conformer import Conformer, ConformerConfig, conformer_preset
-from .ctc import ctc_loss, greedy_ctc, token_logits
+from .ctc import ctc_loss, greedy_ctc
 from .features import FeatureConfig, SpecAugmentConfig, log_mel, pad_features, spec_augment
 
 __all__ = [
@@ -25,5 +25,4 @@ __all__ = [
     "pad_features",
     "random_crop",
     "spec_augment",
-    "token_logits",
 ]

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..adapters.contract import Adapter, Contribution
 from ..data.media import MediaError, load_audio
-from ..text.model import FeedForward, RMSNorm, TransformerConfig
+from ..text.model import FeedForward, RMSNorm, Transformer, TransformerConfig
 from .conformer import Attention, Conformer, ConformerConfig, conformer_preset, rotations, valid_frames
 from .ctc import ctc_loss, greedy_ctc
 from .features import FeatureConfig, log_mel, pad_features
@@ -38,6 +39,10 @@ class SpeechAdapterConfig:
         rope_theta, norm_eps: of the Transformer layer.
         output_scale: root mean square of the soft tokens at the start; that of the language model's token
             embeddings (`herdkit.adapters.projector.embedding_scale`) is a good value.
+        word_temperature: makes every soft token a mixture of the language model's own token embeddings, weighted by
+            softmax(similarity / temperature): what is heard comes to the language model as the words that it knows.
+            The paper hands over the output of the linear layer as it is, as None does; mixtures by the posteriors of
+            a CTC head are from LegoSLM (arXiv 2505.11352).
         ctc_classes: classes of a CTC head on the encoder's frames, the blank (class 0) included; None for
             none.
     """
@@ -52,6 +57,7 @@ class SpeechAdapterConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     output_scale: float = 0.02
+    word_temperature: float | None = None
     ctc_classes: int | None = None
     max_seconds: float = 60.0
 
@@ -65,6 +71,8 @@ class SpeechAdapterConfig:
             raise ValueError(f"conv_kernel must be odd, not {self.conv_kernel}")
         if self.output_scale <= 0:
             raise ValueError(f"output_scale must be positive, not {self.output_scale}")
+        if self.word_temperature is not None and self.word_temperature <= 0:
+            raise ValueError(f"word_temperature must be positive, not {self.word_temperature}")
         if self.ctc_classes is not None and self.ctc_classes < 2:
             raise ValueError(f"ctc_classes must be at least 2 (the blank and a token), not {self.ctc_classes}")
         if self.max_seconds <= 0:
@@ -163,6 +171,8 @@ class SpeechAdapter(Adapter):
     def __init__(self, config: SpeechAdapterConfig, text: TransformerConfig):
         super().__init__(config, text)
         self.prepare = SpeechPreparation(config)
+        if config.word_temperature is not None:
+            self.requires = ("text",)
         self.encoder = Conformer(config.conformer)
         self.ctc = None
         if config.ctc_classes is not None:
@@ -215,10 +225,34 @@ class SpeechAdapter(Adapter):
         is_last = torch.arange(x.shape[1], device=x.device) == lengths[:, None] + 1
         return torch.where(is_last[..., None], end, x) * config.output_scale, lengths + 2
 
-    def forward(self, batch: Mapping[str, Tensor], **required: Adapter) -> Contribution:
+    def token_logits(self, soft_tokens: Tensor, embeddings: Tensor) -> Tensor:
+        """How much each soft token (..., D) of `bridge` is like each token of the language model, whose embeddings are
+        (V, D): (..., V), from -1 to 1 times the soft token's length in units of `output_scale`."""
+        return F.linear(soft_tokens / self.config.output_scale, F.normalize(embeddings, dim=1))
+
+    def soft_tokens(self, bridged: Tensor, lengths: Tensor, embeddings: Tensor | None) -> Tensor:
+        """What the language model is given, (N, S, D).
+
+        Args:
+            bridged, lengths: from `bridge`.
+            embeddings: (V, D), the language model's; needed where the config has a `word_temperature`.
+        """
+        temperature = self.config.word_temperature
+        if temperature is None:
+            return bridged
+        assert embeddings is not None
+        words = (self.token_logits(bridged, embeddings) / temperature).softmax(-1) @ embeddings
+        at = torch.arange(bridged.shape[1], device=bridged.device)
+        between = (at > 0) & (at < lengths[:, None] - 1)
+        return torch.where(between[..., None], words, bridged)
+
+    def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
         """Soft tokens (N, S, D) of a batch that `prepare` made."""
         encoded, lengths = self.encode(batch["features"], batch["frames"])
-        return Contribution(soft_tokens=self.bridge(encoded, lengths)[0])
+        bridged, lengths = self.bridge(encoded, lengths)
+        text = required.get("text")
+        embeddings = text.tok_embeddings.weight if isinstance(text, Transformer) else None
+        return Contribution(soft_tokens=self.soft_tokens(bridged, lengths, embeddings))
 
     def ctc_loss(
         self, encoded: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor

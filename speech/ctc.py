@@ -57,9 +57,3 @@ def greedy_ctc(logits: Tensor, lengths: Tensor, blank: int = 0) -> list[list[int
     kept = (best != blank) & valid_frames(lengths, best.shape[1])
     kept[:, 1:] &= best[:, 1:] != best[:, :-1]
     return [row[keep].tolist() for row, keep in zip(best.cpu(), kept.cpu(), strict=True)]
-
-
-def token_logits(soft_tokens: Tensor, embeddings: Tensor) -> Tensor:
-    """How much each soft token is like each word of the language model: (N, T, D) of about unit root mean square and
-    embeddings (V, D) of any size to (N, T, V)."""
-    return F.linear(soft_tokens, F.normalize(embeddings, dim=1))

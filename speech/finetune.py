@@ -19,10 +19,11 @@ from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..data.shards import Sample
 from ..text.model_directory import load_part
 from ..text.objective import Metrics, token_loss
+from ..text.rows import IGNORE
 from ..text.tokenizer import Tokenizer
 from ..train.recipe import Stage
 from .adapter import SpeechAdapter, SpeechAdapterConfig
-from .ctc import ctc_loss, token_logits
+from .ctc import ctc_loss
 from .features import SpecAugmentConfig, spec_augment
 
 
@@ -34,6 +35,8 @@ class SpeechRecipe(AdapterRecipe):
         adapter: sizes of a new speech adapter; None where `init` has one. Its `output_scale` is set to that of
             the language model's token embeddings, and it gets a CTC head for bytes where `ctc_weight` is not 0.
         encoder_weights: safetensors file of the encoder pre-trained with BEST-RQ; "" starts it at random.
+        answer_weight: of the language model's loss, the paper's only one. At 0 the language model is left out, and
+            the CTC losses alone train encoder and adapter, in two thirds of the time.
         ctc_weight: of a CTC loss that spells the transcript, in bytes of UTF-8, from the encoder alone.
         alignment_weight: of a CTC loss that reads the transcript's tokens off the soft tokens, whose classes are
             the language model's own token embeddings: what is heard comes to the language model as the words that
@@ -45,6 +48,7 @@ class SpeechRecipe(AdapterRecipe):
 
     adapter: SpeechAdapterConfig | None = None
     encoder_weights: str = ""
+    answer_weight: float = 1.0
     ctc_weight: float = 0.0
     alignment_weight: float = 0.0
     blank: str = " ."
@@ -116,9 +120,10 @@ class SpeechCollator(DialogCollator):
 
 @dataclass
 class SpeechObjective:
-    """Next-token loss of the answers and the weighted CTC losses of the recipe, all summed over tokens; the count is
+    """Next-token loss of the answers and the CTC losses, weighted as in the recipe and summed over tokens; the count is
     that of the answers' tokens. `blank` is a token of the language model."""
 
+    answer_weight: float
     ctc_weight: float
     alignment_weight: float
     blank: int
@@ -131,11 +136,16 @@ class SpeechObjective:
         if self.augment is not None and speech.training:
             features = spec_augment(features, frames, self.augment)
         encoded, lengths = speech.encode(features, frames)
-        soft, soft_lengths = speech.bridge(encoded, lengths)
-        given = {"speech": Contribution(soft_tokens=soft)}
-        hidden = model.hidden(batch.tokens, batch.inputs, documents=batch.documents, contributions=given)
-        loss, count, metrics = token_loss(model.text, hidden, batch.labels)
-        metrics |= {"answer_loss": (loss.detach(), count)}
+        bridged, soft_lengths = speech.bridge(encoded, lengths)
+        embeddings = model.text.tok_embeddings.weight
+        count = (batch.labels != IGNORE).sum()
+        loss, metrics = bridged.new_zeros(()), {}
+        if self.answer_weight:
+            given = {"speech": Contribution(soft_tokens=speech.soft_tokens(bridged, soft_lengths, embeddings))}
+            hidden = model.hidden(batch.tokens, batch.inputs, documents=batch.documents, contributions=given)
+            answered, count, metrics = token_loss(model.text, hidden, batch.labels)
+            metrics |= {"answer_loss": (answered.detach(), count)}
+            loss = self.answer_weight * answered
         if self.ctc_weight:
             # Class 0 is the blank, so that the byte b is class b + 1.
             said = batch.bytes_said
@@ -144,7 +154,7 @@ class SpeechObjective:
             loss = loss + self.ctc_weight * spelled
         if self.alignment_weight:
             # Without the two vectors around the utterance.
-            logits = token_logits(soft[:, 1:] / speech.config.output_scale, model.text.tok_embeddings.weight)
+            logits = speech.token_logits(bridged[:, 1:], embeddings)
             said = batch.tokens_said
             aligned, n = ctc_loss(logits, soft_lengths - 2, said.ids, said.lengths, self.blank)
             metrics |= {"alignment_loss": (aligned.detach(), n)}
@@ -156,8 +166,11 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains the speech adapter and its encoder on dialogs and writes `run_dir/model`.
 
     Raises:
-        ValueError: `adapter` is given and `init` has one, or the other way round; `blank` is not one token.
+        ValueError: `adapter` is given and `init` has one, or the other way round; `blank` is not one token; every
+            loss has weight 0.
     """
+    if not (recipe.answer_weight or recipe.ctc_weight or recipe.alignment_weight):
+        raise ValueError("answer_weight, ctc_weight and alignment_weight are all 0: nothing would be learned")
     torch.manual_seed(recipe.trainer.seed)
     model = initial_model(recipe)
     if (recipe.adapter is None) != ("speech" in model.modalities):
@@ -173,7 +186,8 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         model.attach(adapter)
     assert model.tokenizer is not None  # every model directory has one
     blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
-    objective = SpeechObjective(recipe.ctc_weight, recipe.alignment_weight, blank, recipe.augment)
+    weights = recipe.answer_weight, recipe.ctc_weight, recipe.alignment_weight
+    objective = SpeechObjective(*weights, blank, recipe.augment)
     return train_on_dialogs(recipe, model, run_dir, objective, SpeechCollator)
 
 

@@ -129,7 +129,7 @@ class ImageAdapter(Adapter):
             }
         )
 
-    def forward(self, batch: Mapping[str, Tensor], **required: Adapter) -> Contribution:
+    def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
         """As in `Adapter.forward`.
 
         Raises:

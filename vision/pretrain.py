@@ -142,16 +142,25 @@ class VideoPretrainRecipe(AdapterRecipe):
     Args:
         init: model directory with a trained image adapter.
         adapter: sizes of the video adapter.
+        see_as_image: starts the video cross-attention layers as the image adapter's, see
+            `VideoAdapter.see_as_image`; otherwise anew, as in the paper.
     """
 
     adapter: VideoAdapterConfig
+    see_as_image: bool = False
 
 
 def pretrain_video_adapter(recipe: VideoPretrainRecipe, run_dir: Path) -> dict[str, Any]:
     """Attaches a new video adapter and trains it on captions; all else stays as it is (section 7.4)."""
     torch.manual_seed(recipe.trainer.seed)
     model = initial_model(recipe)
-    model.attach(VideoAdapter(recipe.adapter, model.text.config))
+    adapter = VideoAdapter(recipe.adapter, model.text.config)
+    if recipe.see_as_image:
+        image = model.adapters.get("image")
+        if not isinstance(image, ImageAdapter):
+            raise ValueError(f"see_as_image: {recipe.init} has no image adapter of ours")
+        adapter.see_as_image(image)
+    model.attach(adapter)
     return train_on_dialogs(recipe, model, run_dir)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from herdkit.adapters.contract import Adapter, Preparation
+from herdkit.adapters.compose import compose
+from herdkit.adapters.contract import Adapter, ModalityBatch, Placements, Preparation
 from herdkit.adapters.registry import adapter_class
 from herdkit.data.media import MediaError
 from herdkit.speech import (
@@ -19,7 +20,7 @@ from herdkit.speech import (
     ctc_loss,
     greedy_ctc,
 )
-from herdkit.text.model import TransformerConfig
+from herdkit.text.model import Transformer, TransformerConfig
 from herdkit.text.model_directory import dataclass_from_dict
 from omegaconf import OmegaConf
 from torch.nn import functional as F
@@ -46,6 +47,39 @@ def waveforms(*samples: int) -> list[torch.Tensor]:
 
 def cast(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"features": batch["features"].to(dtype), "frames": batch["frames"]}
+
+
+def test_mixtures_are_the_words_that_the_soft_tokens_are_most_like():
+    torch.manual_seed(3)
+    text = Transformer(TEXT)
+    plain, mixing = adapter(output_scale=0.3), adapter(output_scale=0.3, word_temperature=0.01)
+    mixing.load_state_dict(plain.state_dict())
+    assert (plain.requires, mixing.requires) == ((), ("text",))
+    batch = plain.prepare(waveforms(9000, 16000))
+    bridged, lengths = plain.bridge(*plain.encode(batch["features"], batch["frames"]))
+    given = mixing(batch, text=text).soft_tokens
+    words = text.tok_embeddings.weight
+    for n, length in enumerate(lengths.tolist()):
+        said = F.cosine_similarity(bridged[n, 1 : length - 1, None], words, dim=-1).argmax(-1)
+        assert len(set(said.tolist())) > 1
+        torch.testing.assert_close(given[n, 1 : length - 1], words[said], rtol=0, atol=0.3)
+        for kept in ([0, length - 1], slice(length, None)):
+            torch.testing.assert_close(given[n, kept], bridged[n, kept], rtol=0, atol=0)
+    even = SpeechAdapter.soft_tokens(adapter(word_temperature=1e6), bridged, lengths, words)
+    torch.testing.assert_close(even[0, 1], words.mean(0), rtol=0, atol=1e-4)
+
+
+def test_a_model_hands_its_words_to_the_adapter_that_mixes_them():
+    model = compose(text=Transformer(TEXT), speech=adapter(word_temperature=1.0))
+    batch = model.speech.prepare(waveforms(9000))
+    S = model.speech(batch, text=model.text).soft_tokens.shape[1]
+    one = torch.zeros(1, dtype=torch.int64)
+    where = Placements(row=one, start=one, length=one + S, end=one + S, input=one)
+    logits = model(torch.zeros(1, S, dtype=torch.int64), {"speech": ModalityBatch(batch, where)})
+    expected = model.text(embeddings=model.speech(batch, text=model.text).soft_tokens)
+    torch.testing.assert_close(logits, expected)
+    with pytest.raises(ValueError, match="word_temperature must be positive, not 0"):
+        config(word_temperature=0.0)
 
 
 def test_it_keeps_the_contract():

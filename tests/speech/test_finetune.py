@@ -50,8 +50,8 @@ def collate(model, samples):
     return SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])])(list(enumerate(samples)))
 
 
-def objective(model, ctc=0.0, alignment=0.0) -> SpeechObjective:
-    return SpeechObjective(ctc, alignment, model.tokenizer.encode(" .")[0], None)
+def objective(model, ctc=0.0, alignment=0.0, answer=1.0) -> SpeechObjective:
+    return SpeechObjective(answer, ctc, alignment, model.tokenizer.encode(" .")[0], None)
 
 
 def gradients(model, found: SpeechObjective, batches) -> dict[str, torch.Tensor]:
@@ -87,6 +87,17 @@ def test_each_loss_reaches_what_it_trains_and_nothing_else(model):
     changed = {name.split(".")[1] for name in plain if not torch.equal(plain[name], aligned[name])}
     assert {"encoder", "shorten", "attention", "output", "output_norm"} <= changed
     assert not changed & {"begin", "end"}
+
+
+def test_without_the_answers_the_language_model_is_left_out(model, monkeypatch):
+    batch = collate(model, [sample(0), sample(1)])
+    both = objective(model, 0.5, 0.7)(model, batch)
+    answers = objective(model)(model, batch)
+    monkeypatch.setattr(type(model), "hidden", lambda *_, **__: pytest.fail("the language model ran"))
+    loss, count, metrics = objective(model, 0.5, 0.7, answer=0.0)(model, batch)
+    torch.testing.assert_close(loss, both[0] - answers[0])
+    assert count == both[1] > 0
+    assert set(metrics) == {"ctc_loss", "alignment_loss"}
 
 
 def test_split_batches_have_the_gradients_of_the_whole(model):

@@ -7,12 +7,14 @@ import pytest
 import torch
 from herdkit.adapters import adapter_class, compose
 from herdkit.adapters.contract import Contribution, InterleavedLayer, ModalityBatch, Placements
+from herdkit.adapters.resampler import spread
 from herdkit.text.model import Transformer, TransformerConfig
 from herdkit.text.model_directory import dataclass_from_dict
 from herdkit.text.presets import preset as text_preset
 from herdkit.vision import image_adapter, video_adapter
 from herdkit.vision.image_adapter import ImageAdapter, ImageAdapterConfig, placement
 from herdkit.vision.video_adapter import VideoAdapter, VideoAdapterConfig
+from torch.nn import functional as F
 
 TEXT = TransformerConfig(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=50, max_seq_len=64)
 ENCODER = {
@@ -47,6 +49,7 @@ def video_of(**changes) -> VideoAdapter:
         "frames": 4,
         "merge": 2,
         "tile_size": 16,
+        "tile_tokens": 5,
         "max_tiles": 4,
         "n_image_layers": 2,
         "every": 1,
@@ -89,6 +92,35 @@ def test_image_adapters_have_the_papers_sizes():
         assert parameters(adapter.cross_attention) / count == pytest.approx(block, rel=3e-4)
         if name == "405b":
             assert parameters(adapter.cross_attention) == pytest.approx(100e9, rel=0.03)
+
+
+def test_a_new_video_adapter_can_look_at_clips_as_the_image_adapter_does_at_pictures():
+    image, video = image_of(), video_of()
+    video.see_as_image(image)
+    for place, layer in video.interleaved().items():
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, image.interleaved()[place].state_dict()[name]), name
+    with pytest.raises(ValueError, match="layer before text layer 1 is of another size"):
+        video_of(ffn_dim=20).see_as_image(image)
+    del image.cross_attention["3"]
+    with pytest.raises(ValueError, match="the image adapter has no layer before text layer 3"):
+        video.see_as_image(image)
+
+
+def test_frames_pass_the_new_aggregator_nearly_unchanged():
+    """So that each latent is most like the token at its own piece of the clip."""
+    torch.manual_seed(0)
+    video = video_of(n_latents=10, max_tiles=1, merge=4, dim=32, n_heads=4)
+    frames = torch.randn(1, 4, 5, TEXT.dim, dtype=torch.float64)
+    with torch.no_grad():
+        for tensor in (video.aggregator.latents, video.aggregator.time_embedding, video.aggregator.place_embedding):
+            tensor.mul_(3)
+    found = video.output_projection(video.aggregator(video.input_projection(frames)))
+    times, places = spread(10, 4, 5)
+    identity = video.output_projection(video.aggregator(torch.zeros_like(video.input_projection(frames))))
+    change = F.normalize(found - identity, dim=-1)[0]
+    alike = change @ F.normalize(frames.flatten(1, 2), dim=-1)[0].T
+    assert alike.argmax(-1).tolist() == (times * 5 + places).tolist()
 
 
 def test_video_adapters_have_the_papers_sizes():
