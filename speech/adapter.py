@@ -43,6 +43,10 @@ class SpeechAdapterConfig:
             softmax(similarity / temperature): what is heard comes to the language model as the words that it knows.
             The paper hands over the output of the linear layer as it is, as None does; mixtures by the posteriors of
             a CTC head are from LegoSLM (arXiv 2505.11352).
+        pause: the language model's token for no word, with `word_temperature`. Soft tokens that are most like it, or
+            like the one before them, become this token and stand before all others, so that the words follow one
+            another as in a text (CTC compression, as in arXiv 2102.01578, but with their number unchanged, which has
+            to be known before anything is heard). None leaves all at their places in time.
         ctc_classes: classes of a CTC head on the encoder's frames, the blank (class 0) included; None for
             none.
     """
@@ -58,6 +62,7 @@ class SpeechAdapterConfig:
     norm_eps: float = 1e-5
     output_scale: float = 0.02
     word_temperature: float | None = None
+    pause: int | None = None
     ctc_classes: int | None = None
     max_seconds: float = 60.0
 
@@ -73,6 +78,8 @@ class SpeechAdapterConfig:
             raise ValueError(f"output_scale must be positive, not {self.output_scale}")
         if self.word_temperature is not None and self.word_temperature <= 0:
             raise ValueError(f"word_temperature must be positive, not {self.word_temperature}")
+        if self.pause is not None and self.word_temperature is None:
+            raise ValueError("pause needs a word_temperature: without one, soft tokens are no words")
         if self.ctc_classes is not None and self.ctc_classes < 2:
             raise ValueError(f"ctc_classes must be at least 2 (the blank and a token), not {self.ctc_classes}")
         if self.max_seconds <= 0:
@@ -237,14 +244,26 @@ class SpeechAdapter(Adapter):
             bridged, lengths: from `bridge`.
             embeddings: (V, D), the language model's; needed where the config has a `word_temperature`.
         """
-        temperature = self.config.word_temperature
+        temperature, pause = self.config.word_temperature, self.config.pause
         if temperature is None:
             return bridged
         assert embeddings is not None
-        words = (self.token_logits(bridged, embeddings) / temperature).softmax(-1) @ embeddings
+        logits = self.token_logits(bridged, embeddings)
+        words = (logits / temperature).softmax(-1) @ embeddings
         at = torch.arange(bridged.shape[1], device=bridged.device)
-        between = (at > 0) & (at < lengths[:, None] - 1)
-        return torch.where(between[..., None], words, bridged)
+        last = lengths[:, None] - 1
+        between = (at > 0) & (at < last)
+        soft = torch.where(between[..., None], words, bridged)
+        if pause is None:
+            return soft
+        best = logits.argmax(-1)
+        again = F.pad(best[:, 1:] == best[:, :-1], (1, 0)) & (at > 1)
+        silent = between & ((best == pause) | again)
+        soft = torch.where(silent[..., None], embeddings[pause], soft)
+        # Begin, silence, words, end, padding.
+        rank = between.long() + (between & ~silent) + 3 * (at == last) + 4 * (at > last)
+        order = rank.argsort(dim=1, stable=True)
+        return soft.gather(1, order[..., None].expand_as(soft))
 
     def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
         """Soft tokens (N, S, D) of a batch that `prepare` made."""

@@ -33,7 +33,8 @@ class SpeechRecipe(AdapterRecipe):
     Args:
         init: model directory; where it has a speech adapter, that one is trained further.
         adapter: sizes of a new speech adapter; None where `init` has one. Its `output_scale` is set to that of
-            the language model's token embeddings, and it gets a CTC head for bytes where `ctc_weight` is not 0.
+            the language model's token embeddings, it gets a CTC head for bytes where `ctc_weight` is not 0, and
+            `blank` as its `pause` where it has a `word_temperature` and `alignment_weight` is not 0.
         encoder_weights: safetensors file of the encoder pre-trained with BEST-RQ; "" starts it at random.
         answer_weight: of the language model's loss, the paper's only one. At 0 the language model is left out, and
             the CTC losses alone train encoder and adapter, in two thirds of the time.
@@ -79,7 +80,7 @@ class Transcripts:
 @dataclass(kw_only=True)
 class SpeechBatch(Batch):
     """A batch with the transcripts of its utterances, in the order of the speech inputs: as tokens of the language
-    model, and as bytes."""
+    model, each word with the space before it, and as bytes."""
 
     tokens_said: Transcripts
     bytes_said: Transcripts
@@ -113,7 +114,7 @@ class SpeechCollator(DialogCollator):
         return SpeechBatch(
             rows=batch.rows,
             inputs=batch.inputs,
-            tokens_said=Transcripts.of([self.tokenizer.encode(text) for text in said]),
+            tokens_said=Transcripts.of([self.tokenizer.encode(" " + text) for text in said]),
             bytes_said=Transcripts.of([list(text.encode()) for text in said]),
         )
 
@@ -176,16 +177,18 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     if (recipe.adapter is None) != ("speech" in model.modalities):
         has = "has" if "speech" in model.modalities else "has no"
         raise ValueError(f"adapter: {recipe.init} {has} speech adapter; give sizes for a new one, and only then")
+    assert model.tokenizer is not None  # every model directory has one
+    blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
     if recipe.adapter is not None:
         recipe.adapter.output_scale = embedding_scale(model.text.tok_embeddings.weight)
         if recipe.ctc_weight:
             recipe.adapter.ctc_classes = 1 + 256
+        if recipe.adapter.word_temperature is not None and recipe.alignment_weight:
+            recipe.adapter.pause = blank
         adapter = SpeechAdapter(recipe.adapter, model.text.config)
         if recipe.encoder_weights:
             load_part(adapter.encoder, Path(recipe.encoder_weights))
         model.attach(adapter)
-    assert model.tokenizer is not None  # every model directory has one
-    blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
     weights = recipe.answer_weight, recipe.ctc_weight, recipe.alignment_weight
     objective = SpeechObjective(*weights, blank, recipe.augment)
     return train_on_dialogs(recipe, model, run_dir, objective, SpeechCollator)

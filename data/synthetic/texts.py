@@ -51,10 +51,10 @@ def dialogues(rng: Random, count: int) -> Iterator[list[Message]]:
     makers, weights = zip(*_MAKERS, strict=True)
     for maker in rng.choices(makers, weights=weights, k=count):
         messages = maker(rng)
-        if rng.random() < (0.6 if maker is _copy else 0.4):
+        if rng.random() < 0.4:
             for message in messages:
                 if message["role"] == "user" and len(message["content"].split()) <= 12:
-                    message["content"] = hesitant(message["content"], rng)
+                    message["content"] = after_pause(message["content"], rng)
         yield messages
 
 
@@ -111,17 +111,13 @@ def spoken_vocabulary() -> tuple[str, ...]:
 
 
 PAUSE = "."
-"""What stands between hesitant words; with the space before it, the blank of the speech recipes."""
+"""With the space before it, the blank of the speech recipes."""
 
 
-def hesitant(text: str, rng: Random) -> str:
-    """The words with pauses between them, some said twice. Speech, at so many soft tokens a second, is spread like
-    this when it comes to the language model, which then knows how to read it."""
-    spread: list[str] = []
-    for word in text.split():
-        spread += [PAUSE] * rng.choices((0, 1, 2, 3), weights=(3, 4, 3, 1))[0]
-        spread += [word] * (2 if rng.random() < 0.1 else 1)
-    return " ".join([*spread, *[PAUSE] * rng.randrange(3)])
+def after_pause(text: str, rng: Random) -> str:
+    """The words after a row of pauses. Speech comes to the language model at so many soft tokens a second, those that
+    hold no word first, and so it knows to read past them."""
+    return " ".join([*[PAUSE] * rng.randint(1, 24), text])
 
 
 def _user(text: str) -> Message:
@@ -217,8 +213,8 @@ _MAKERS: tuple[tuple[Callable[[Random], list[Message]], float], ...] = (
     (_arithmetic, 0.08),
     (_knowledge, 0.14),
     (_talk, 0.03),
-    (_copy, 0.26),
-    (_scene, 0.35),
+    (_copy, 0.24),
+    (_scene, 0.37),
     (_clip, 0.14),
 )
 

@@ -66,7 +66,7 @@ def test_a_batch_holds_the_words_as_tokens_and_as_bytes(model):
     batch = collate(model, [sample(0), sample(2)])
     for i, words in enumerate((WORDS[0], WORDS[2])):
         tokens, spelled = batch.tokens_said, batch.bytes_said
-        assert tokens.ids[i, : tokens.lengths[i]].tolist() == model.tokenizer.encode(words)
+        assert tokens.ids[i, : tokens.lengths[i]].tolist() == model.tokenizer.encode(" " + words)
         assert bytes(spelled.ids[i, : spelled.lengths[i]].tolist()).decode() == words
     moved = batch.to("cpu")
     assert isinstance(moved.tokens_said, Transcripts)
