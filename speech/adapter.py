@@ -44,7 +44,7 @@ class SpeechAdapterConfig:
             The paper hands over the output of the linear layer as it is, as None does; mixtures by the posteriors of
             a CTC head are from LegoSLM (arXiv 2505.11352).
         pause: the language model's token for no word, with `word_temperature`. Soft tokens that are most like it, or
-            like the one before them, become this token and stand before all others, so that the words follow one
+            like the one before them, become this token and stand behind all others, so that the words follow one
             another as in a text (CTC compression, as in arXiv 2102.01578, but with their number unchanged, which has
             to be known before anything is heard). None leaves all at their places in time.
         ctc_classes: classes of a CTC head on the encoder's frames, the blank (class 0) included; None for
@@ -260,8 +260,8 @@ class SpeechAdapter(Adapter):
         again = F.pad(best[:, 1:] == best[:, :-1], (1, 0)) & (at > 1)
         silent = between & ((best == pause) | again)
         soft = torch.where(silent[..., None], embeddings[pause], soft)
-        # Begin, silence, words, end, padding.
-        rank = between.long() + (between & ~silent) + 3 * (at == last) + 4 * (at > last)
+        # Begin, words, silence, end, padding.
+        rank = between.long() + silent + 3 * (at == last) + 4 * (at > last)
         order = rank.argsort(dim=1, stable=True)
         return soft.gather(1, order[..., None].expand_as(soft))
 

@@ -80,7 +80,7 @@ class Transcripts:
 @dataclass(kw_only=True)
 class SpeechBatch(Batch):
     """A batch with the transcripts of its utterances, in the order of the speech inputs: as tokens of the language
-    model, each word with the space before it, and as bytes."""
+    model, and as bytes."""
 
     tokens_said: Transcripts
     bytes_said: Transcripts
@@ -114,7 +114,7 @@ class SpeechCollator(DialogCollator):
         return SpeechBatch(
             rows=batch.rows,
             inputs=batch.inputs,
-            tokens_said=Transcripts.of([self.tokenizer.encode(" " + text) for text in said]),
+            tokens_said=Transcripts.of([self.tokenizer.encode(text) for text in said]),
             bytes_said=Transcripts.of([list(text.encode()) for text in said]),
         )
 
@@ -186,12 +186,24 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         if recipe.adapter.word_temperature is not None and recipe.alignment_weight:
             recipe.adapter.pause = blank
         adapter = SpeechAdapter(recipe.adapter, model.text.config)
+        if recipe.adapter.pause is not None:
+            surround_as_text(adapter, model)
         if recipe.encoder_weights:
             load_part(adapter.encoder, Path(recipe.encoder_weights))
         model.attach(adapter)
     weights = recipe.answer_weight, recipe.ctc_weight, recipe.alignment_weight
     objective = SpeechObjective(*weights, blank, recipe.augment)
     return train_on_dialogs(recipe, model, run_dir, objective, SpeechCollator)
+
+
+@torch.no_grad()
+def surround_as_text(adapter: SpeechAdapter, model: ComposedModel) -> None:
+    """Starts the vectors around an utterance as the line breaks before every message's text, and as a pause."""
+    assert model.tokenizer is not None
+    assert adapter.config.pause is not None
+    breaks = model.tokenizer.encode("\n\n")[-1]
+    for vector, token in ((adapter.begin, breaks), (adapter.end, adapter.config.pause)):
+        vector.copy_(model.text.tok_embeddings.weight[token] / adapter.config.output_scale)
 
 
 def blank_token(blank: str, tokenizer: Tokenizer) -> int:

@@ -54,7 +54,7 @@ def dialogues(rng: Random, count: int) -> Iterator[list[Message]]:
         if rng.random() < 0.4:
             for message in messages:
                 if message["role"] == "user" and len(message["content"].split()) <= 12:
-                    message["content"] = after_pause(message["content"], rng)
+                    message["content"] = before_pause(message["content"], rng)
         yield messages
 
 
@@ -114,10 +114,10 @@ PAUSE = "."
 """With the space before it, the blank of the speech recipes."""
 
 
-def after_pause(text: str, rng: Random) -> str:
-    """The words after a row of pauses. Speech comes to the language model at so many soft tokens a second, those that
-    hold no word first, and so it knows to read past them."""
-    return " ".join([*[PAUSE] * rng.randint(1, 24), text])
+def before_pause(text: str, rng: Random) -> str:
+    """The words before a row of pauses. Speech comes to the language model at so many soft tokens a second, those that
+    hold no word last, and so it knows to stop at them."""
+    return " ".join([text, *[PAUSE] * rng.randint(1, 24)])
 
 
 def _user(text: str) -> Message:

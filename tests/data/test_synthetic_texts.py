@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from itertools import groupby
 from random import Random
 
 from herdkit.data.dialogs import parse_dialog
@@ -72,7 +71,7 @@ def test_dialogues_keep_the_schema_and_copy_exactly():
         if roles[0] == "system":
             assert parsed[0].text == "Repeat after me in English:"
             said, copied = parsed[1].text, parsed[2].text
-            assert said.split(f"{texts.PAUSE} ")[-1] == copied
+            assert said.split(f" {texts.PAUSE}")[0] == copied
             paused += said != copied
             copies += 1
     assert copies > 240
@@ -137,14 +136,14 @@ def test_recitations_say_a_few_words_over_and_over():
         assert periods
 
 
-def test_text_after_a_pause_is_the_same_text():
+def test_text_before_a_pause_is_the_same_text():
     rng = Random(7)
     pauses = Counter()
     for _ in range(2000):
         text = texts.sentence(rng)
-        found = texts.after_pause(text, rng)
-        assert found.endswith(f" {text}")
-        rest = found.removesuffix(f" {text}").split(" ")
+        found = texts.before_pause(text, rng)
+        assert found.startswith(f"{text} ")
+        rest = found.removeprefix(f"{text} ").split(" ")
         assert set(rest) == {texts.PAUSE}
         pauses[len(rest)] += 1
     assert set(pauses) == set(range(1, 25))

@@ -2,6 +2,7 @@
 reach."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import soundfile
@@ -10,7 +11,13 @@ from herdkit.adapters import Port
 from herdkit.adapters.compose import ComposedModel
 from herdkit.data.shards import Sample
 from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
-from herdkit.speech.finetune import SpeechCollator, SpeechObjective, Transcripts, blank_token
+from herdkit.speech.finetune import (
+    SpeechCollator,
+    SpeechObjective,
+    Transcripts,
+    blank_token,
+    surround_as_text,
+)
 from herdkit.text.model import Transformer, TransformerConfig
 from herdkit.text.tokenizer import Tokenizer
 
@@ -66,7 +73,7 @@ def test_a_batch_holds_the_words_as_tokens_and_as_bytes(model):
     batch = collate(model, [sample(0), sample(2)])
     for i, words in enumerate((WORDS[0], WORDS[2])):
         tokens, spelled = batch.tokens_said, batch.bytes_said
-        assert tokens.ids[i, : tokens.lengths[i]].tolist() == model.tokenizer.encode(" " + words)
+        assert tokens.ids[i, : tokens.lengths[i]].tolist() == model.tokenizer.encode(words)
         assert bytes(spelled.ids[i, : spelled.lengths[i]].tolist()).decode() == words
     moved = batch.to("cpu")
     assert isinstance(moved.tokens_said, Transcripts)
@@ -123,6 +130,18 @@ def test_alignment_makes_soft_tokens_the_words_that_are_said(model):
         aligned, n = metrics["alignment_loss"]
         losses.append((aligned / n).item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_an_utterance_of_pauses_starts_as_a_text_of_pauses(model):
+    pause = blank_token(" .", model.tokenizer)
+    config = replace(model.adapters["speech"].config, word_temperature=0.1, pause=pause, output_scale=0.5)
+    adapter = SpeechAdapter(config, model.text.config)
+    surround_as_text(adapter, model)
+    words = model.text.tok_embeddings.weight
+    bridged, lengths = adapter.bridge(torch.zeros(1, 6, 24), torch.tensor([6]))
+    soft = adapter.soft_tokens(bridged, lengths, words)
+    breaks = model.tokenizer.encode("\n\n")[-1]
+    torch.testing.assert_close(soft[0, [0, -1]], words[[breaks, pause]])
 
 
 def test_the_blank_has_to_be_one_token(model):
