@@ -12,7 +12,7 @@ quick-demo: $(VENV)/.demo
 	$(BIN)/herdkit demo --quick --out runs/quick-herd
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from .loader import Loader
@@ -20,7 +21,8 @@ class SourceConfig:
     Args:
         shards: path, glob or brace pattern of its tars ("captions-{000000..000011}.tar").
         weight: share of the mixture relative to the other sources.
-        name: belongs to the order of the samples; give one where the data may move during a run. Default: `shards`.
+        name: belongs to the order of the samples. Default: the last folder and the file pattern of `shards`, so that
+            the order is the same wherever the data lie; all of `shards` where two sources would have one name.
     """
 
     shards: str
@@ -58,5 +60,14 @@ def open_loader(
     """
     if not data.sources:
         raise ValueError("data.sources is empty; name at least one set of shards")
-    parts = [(source.name or source.shards, ShardReader(source.shards), source.weight) for source in data.sources]
+    readers = [ShardReader(source.shards) for source in data.sources]
+    weights = [source.weight for source in data.sources]
+    parts = list(zip(source_names(data.sources), readers, weights, strict=True))
     return Loader(Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size)
+
+
+def source_names(sources: Sequence[SourceConfig]) -> list[str]:
+    """The name of each source, given or made, see `SourceConfig`."""
+    short = ["/".join(Path(source.shards).parts[-2:]) for source in sources]
+    made = short if len(set(short)) == len(short) else [source.shards for source in sources]
+    return [source.name or name for source, name in zip(sources, made, strict=True)]

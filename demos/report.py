@@ -58,7 +58,7 @@ def write(out: Path, talk: Sequence[Turn]) -> Path:
         "<p class=quiet>± is the 95% confidence interval, 1.96 √(S(1-S)/N). Chance guesses evenly among the "
         "possible answers of each question. “Without” is the same question asked without that input.</p>",
         f"<p>{unchanged_sentence(results['text_unchanged'])}</p>",
-        "<h2>A conversation</h2>",
+        "<h2>Conversations</h2>",
         *(turn_lines(*turn) for turn in talk),
         "<h2>Training</h2>",
         f'<img alt="loss curves" src="{loss_curves(out)}">',
@@ -203,7 +203,7 @@ def medium_source(kind: str, data: bytes) -> str:
 
 
 def conversation(out: Path) -> list[Turn]:
-    """One dialog of several turns in which every sense is used, on held-out inputs."""
+    """Turns on held-out inputs of every sense; each input begins a dialog, for so the model is trained."""
     model = load(out / "model")
     picture, clip, spoken = (
         ShardReader(str(out / "data" / name / "*.tar"))[0]
@@ -220,6 +220,8 @@ def conversation(out: Path) -> list[Turn]:
     messages: list[dict[str, Any]] = []
     talk = []
     for words, parts in turns:
+        if any(part["type"] != "text" for part in parts):
+            messages = []
         messages.append({"role": "user", "content": parts})
         answer = model.chat(messages, max_new_tokens=48)
         messages.append({"role": "assistant", "content": answer})

@@ -13,6 +13,7 @@ from herdkit.data.loader import Loader, LoaderError
 from herdkit.data.media import MediaError
 from herdkit.data.mixture import Mixture
 from herdkit.data.shards import Sample, ShardReader, ShardWriter
+from herdkit.data.sources import DataConfig, SourceConfig, open_loader, source_names
 
 
 def source(name, length):
@@ -326,3 +327,19 @@ def test_no_threads_are_left():
 def test_arguments(options, error):
     with pytest.raises(ValueError, match=error):
         loader(**options)
+
+
+def test_the_order_does_not_depend_on_where_the_data_lie(tmp_path):
+    def order(folder):
+        for name in ("cats", "dogs"):
+            with ShardWriter(tmp_path / folder / name / "%06d.tar", max_count=100) as writer:
+                for i in range(40):
+                    writer.write(f"{name}{i:02d}", {"txt": str(i)})
+        sources = [SourceConfig(shards=str(tmp_path / folder / name / "*.tar")) for name in ("cats", "dogs")]
+        loader = open_loader(DataConfig(sources=sources, seed=3), lambda samples: [s.key for _, s in samples], 20)
+        return next(iter(loader))
+
+    assert order("here") == order("there") != sorted(order("elsewhere"))
+    same = [SourceConfig(shards=f"{folder}/cats/*.tar") for folder in ("a", "b")]
+    assert source_names(same) == ["a/cats/*.tar", "b/cats/*.tar"]
+    assert source_names([*same, SourceConfig(shards="c/cats/*.tar", name="mine")])[2] == "mine"

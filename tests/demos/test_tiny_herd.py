@@ -21,7 +21,6 @@ from herdkit.demos.chain import Chain, ChainError
 from PIL import Image
 from rich.console import Console
 
-pytestmark = pytest.mark.xdist_group("demo")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "120"}
 
 
