@@ -68,7 +68,7 @@ def attach_adapters(model: ComposedModel, path: str | os.PathLike, adapters: Seq
     Args:
         model: changed in place.
         path: a directory that `save` wrote; its language model must be that of `model`, weight for weight.
-        adapters: the modalities to attach; None for all that `model` has not.
+        adapters: the modalities to attach; None for all that `model` has not. They come to its device and mode.
 
     Raises:
         ModelDirectoryError: as `load`, and where the language models differ or nothing is left to attach.
@@ -76,7 +76,7 @@ def attach_adapters(model: ComposedModel, path: str | os.PathLike, adapters: Seq
     path = Path(path)
     other, _ = load_text(path)
     ours, theirs = model.text.state_dict(), other.state_dict()
-    if model.text.config != other.config or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+    if model.text.config != other.config or not all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours):
         raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
     if adapters is None:
         adapters = [name for name in read_config(path)["adapters"] if name not in model.adapters]
@@ -99,4 +99,4 @@ def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) ->
         except (LookupError, ValueError) as error:
             raise ModelDirectoryError(f"{path / 'config.json'}: adapter {name!r}: {error}") from error
         load_part(adapter, path / f"{name}.safetensors")
-        model.attach(adapter)
+        model.attach(adapter.to(model.text.tok_embeddings.weight.device).train(model.training))

@@ -24,12 +24,11 @@ class PerceiverResampler(nn.Module):
         ffn_dim: hidden width of the feed-forward layers.
         max_frames: frames that are merged at most; each has a learned time embedding.
         max_tokens: tokens of a frame at most; each has a learned embedding of its place.
-
-    Each latent starts as the embeddings of a time and a place. Queries start equal to keys and values pass unchanged,
-    so that a latent takes over at first what stands at its own piece of the frames: all places at as many times as
-    there are latents for, or some places at one time. From latents at random, where a thing stands in a made clip is
-    not learned in 800 steps, from these in 200.
         norm_eps: epsilon of every RMSNorm.
+
+    Each latent starts as the embeddings of a time and a place (`spread`). Queries start equal to keys and values pass
+    unchanged, so that a latent takes over at first what stands at its own piece of the frames. With latents at random,
+    "where is it at the start" of the demo's clips was still at chance after 920 steps.
     """
 
     def __init__(

@@ -60,9 +60,8 @@ def open_loader(
     """
     if not data.sources:
         raise ValueError("data.sources is empty; name at least one set of shards")
-    readers = [ShardReader(source.shards) for source in data.sources]
-    weights = [source.weight for source in data.sources]
-    parts = list(zip(source_names(data.sources), readers, weights, strict=True))
+    named = zip(source_names(data.sources), data.sources, strict=True)
+    parts = [(name, ShardReader(source.shards), source.weight) for name, source in named]
     return Loader(Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size)
 
 

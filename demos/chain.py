@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -32,6 +33,7 @@ from ..train.recipe import Stage, StageRecipe, find_stage, read_stage_name
 PACKAGE = Path(__file__).resolve().parent.parent
 AT_ONCE = 2
 PLAIN_SECONDS = 10.0
+# Matrices this small gain little even from a second thread.
 _CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
@@ -107,6 +109,7 @@ class Chain:
 
         Raises:
             ChainError: a stage failed; the others are stopped, and the next start goes on from their checkpoints.
+            ValueError: a link stands before one whose files it reads, so that none can start.
         """
         waiting = deque(self.links)
         running: list[_Running] = []
@@ -115,6 +118,8 @@ class Chain:
             try:
                 while waiting or running:
                     self._start_ready(waiting, running)
+                    if waiting and not running:
+                        raise ValueError(f"no link can start of {', '.join(link.name for link in waiting)}")
                     wait([one.process.sentinel for one in running], timeout=1.0)
                     for one in list(running):
                         self._show(one)
@@ -132,9 +137,10 @@ class Chain:
             if len(running) >= AT_ONCE or any(one.link.alone for one in running):
                 return
             unfinished = {other.name for other in waiting} | {one.link.name for one in running}
-            if unfinished & set(self.upstream(link)) or (link.alone and running):
-                if link.alone:
-                    return
+            ready = unfinished.isdisjoint(self.upstream(link))
+            if link.alone and (running or not ready):
+                return
+            if not ready:
                 continue
             waiting.remove(link)
             started = self.start(link)
@@ -212,7 +218,6 @@ LOG = "log.txt"
 def run_stage(stage: Stage, recipe: StageRecipe, run_dir: Path, threads: int) -> None:
     """Runs in the link's own process; what it says goes to `run_dir/log.txt`. Ends when its parent does, however
     that ends, so that no two processes ever train in one folder."""
-    import torch
 
     def follow() -> None:
         parent = multiprocessing.parent_process()

@@ -243,11 +243,15 @@ class SpeechAdapter(Adapter):
         Args:
             bridged, lengths: from `bridge`.
             embeddings: (V, D), the language model's; needed where the config has a `word_temperature`.
+
+        Raises:
+            ValueError: they are needed and not there.
         """
         temperature, pause = self.config.word_temperature, self.config.pause
         if temperature is None:
             return bridged
-        assert embeddings is not None
+        if embeddings is None:
+            raise ValueError("word_temperature mixes the language model's words: give its token embeddings")
         logits = self.token_logits(bridged, embeddings)
         words = (logits / temperature).softmax(-1) @ embeddings
         at = torch.arange(bridged.shape[1], device=bridged.device)

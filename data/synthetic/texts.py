@@ -86,8 +86,8 @@ def sentence(rng: Random, *, held_out_facts: bool = False) -> str:
 
 def recitation(rng: Random) -> str:
     """A few random words said over and over. Attention heads that copy form on such text within half a million
-    tokens, all at once, if hardly anything else is learned meanwhile; in a mixture they come many times later, on prose
-    not within a hundred million. Transcription and every question on a description need them."""
+    tokens, all at once, if hardly anything else is learned meanwhile; as a third of a mixture it had taught no copying
+    after 0.6 million. Transcription and every question on a description need them."""
     words = word_salad(rng, 3, 8)
     return " ".join([words] * (32 // len(words.split())))
 

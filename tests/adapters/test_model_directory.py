@@ -77,6 +77,7 @@ def test_senses_trained_apart_come_together_on_the_language_model_they_share(mod
     herdkit.save(hearing, tmp_path / "hearing")
     attach_adapters(sight, tmp_path / "hearing")
     assert sight.modalities == model.modalities
+    assert not sight.speech.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(sight.state_dict()[name], tensor), name
     with pytest.raises(ModelDirectoryError, match=r"hearing has no adapter that this model has not.*image.*speech"):

@@ -136,6 +136,12 @@ def test_recitations_say_a_few_words_over_and_over():
         assert periods
 
 
+def test_no_spoken_sentence_holds_a_word_outside_the_spoken_vocabulary():
+    rng = Random(8)
+    found = {word for _ in range(8000) for word in texts.sentence(rng, held_out_facts=True).split()}
+    assert found <= set(texts.spoken_vocabulary())
+
+
 def test_text_before_a_pause_is_the_same_text():
     rng = Random(7)
     pauses = Counter()

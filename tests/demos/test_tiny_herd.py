@@ -13,6 +13,7 @@ from pathlib import Path
 
 import herdkit
 import numpy as np
+import psutil
 import pytest
 import torch
 from herdkit.data.shards import ShardReader
@@ -46,8 +47,12 @@ def demo(tmp_path_factory) -> Path:
             assert first.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.2)
+        children = psutil.Process(first.pid).children(recursive=True)
+        assert children
         first.send_signal(signal.SIGKILL)
         first.wait()
+        _, left = psutil.wait_procs(children, timeout=20)
+        assert not left, "a stage trains on without its demo"
     second = call("demo", "--quick", "--out", out)
     assert second.returncode == 0, second.stderr
     assert second.stderr.count("finished before") in (3, 4)
@@ -189,15 +194,17 @@ class Ended:
 
     def __init__(self, exitcode=0):
         self.exitcode = exitcode
-        self.sentinel, _ = os.pipe()
-        os.close(_)
+        self.sentinel, other_end = os.pipe()
+        os.close(other_end)  # so that it is ready to be read
 
     def is_alive(self):
         return False
 
     def join(self):
-        os.close(self.sentinel) if self.sentinel is not None else None
-        self.sentinel = None
+        pass
+
+    def __del__(self):
+        os.close(self.sentinel)
 
 
 def test_a_stage_is_trained_anew_when_it_or_what_it_builds_on_is_planned_otherwise(tmp_path, monkeypatch):
@@ -249,7 +256,6 @@ def test_what_is_ready_runs_side_by_side_after_what_it_reads_and_alone_where_it_
 
         def join(self):
             running.discard(self.name)
-            super().join()
 
     monkeypatch.setattr(Chain, "launch", lambda self, stage, recipe, run_dir, threads: Slow(run_dir.name))
     monkeypatch.setattr("herdkit.demos.chain.wait", lambda sentinels, timeout: None)
@@ -266,7 +272,37 @@ def test_what_is_ready_runs_side_by_side_after_what_it_reads_and_alone_where_it_
     assert {"image-pretrain", "speech-transcription"} in together
 
 
-def test_a_stage_that_fails_stops_the_others_and_names_its_log(tmp_path):
+def test_a_stage_that_fails_stops_the_others(tmp_path, monkeypatch):
+    class Endless(Ended):
+        stopped = False
+
+        def is_alive(self):
+            return True
+
+        def terminate(self):
+            self.stopped = True
+
+    endless = Endless()
+
+    def launch(self, stage, recipe, run_dir, threads):
+        (run_dir / "log.txt").write_text("one\nout of luck\n")
+        return {"vision-contrastive": endless, "speech-bestrq": Ended(1)}.get(run_dir.name) or Ended()
+
+    monkeypatch.setattr(Chain, "launch", launch)
+    chain = Chain(
+        tiny_herd.CHAIN,
+        tmp_path / "stages",
+        lambda link: tiny_herd.tiny_recipe(link, tmp_path, 0, False),
+        Console(file=io.StringIO()),
+        lambda: None,
+    )
+    with pytest.raises(ChainError, match=r"BEST-RQ failed: out of luck .*log\.txt"):
+        chain.train()
+    assert endless.stopped
+    assert sorted(chain.seconds) == ["text-pretrain", "text-sft"]
+
+
+def test_a_stage_that_fails_in_its_process_is_named_with_its_log(tmp_path):
     def recipe(link):
         made = tiny_herd.tiny_recipe(link, tmp_path, 0, True)
         made.data.sources = []
@@ -276,3 +312,13 @@ def test_a_stage_that_fails_stops_the_others_and_names_its_log(tmp_path):
     with pytest.raises(ChainError, match=r"BEST-RQ failed: .*sources.*log\.txt"):
         Chain(links, tmp_path / "stages", recipe, Console(file=io.StringIO()), lambda: None).train()
     assert not (tmp_path / "stages" / "speech-bestrq" / "stage.json").exists()
+
+
+def test_links_in_the_wrong_order_are_refused(tmp_path):
+    first, second = (link for link in tiny_herd.CHAIN if link.name in ("text-pretrain", "text-sft"))
+
+    def recipe(link):
+        return tiny_herd.tiny_recipe(link, tmp_path, 0, True)
+
+    with pytest.raises(ValueError, match="no link can start of text-sft, text-pretrain"):
+        Chain([second, first], tmp_path / "stages", recipe, Console(file=io.StringIO()), lambda: None).train()

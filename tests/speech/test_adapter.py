@@ -55,6 +55,8 @@ def test_mixtures_are_the_words_that_the_soft_tokens_are_most_like():
     plain, mixing = adapter(output_scale=0.3), adapter(output_scale=0.3, word_temperature=0.01)
     mixing.load_state_dict(plain.state_dict())
     assert (plain.requires, mixing.requires) == ((), ("text",))
+    with pytest.raises(ValueError, match="give its token embeddings"):
+        mixing(mixing.prepare(waveforms(9000)))
     batch = plain.prepare(waveforms(9000, 16000))
     bridged, lengths = plain.bridge(*plain.encode(batch["features"], batch["frames"]))
     given = mixing(batch, text=text).soft_tokens

@@ -132,7 +132,7 @@ def test_alignment_makes_soft_tokens_the_words_that_are_said(model):
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_an_utterance_of_pauses_starts_as_a_text_of_pauses(model):
+def test_an_utterance_starts_between_line_breaks_and_a_pause(model):
     pause = blank_token(" .", model.tokenizer)
     config = replace(model.adapters["speech"].config, word_temperature=0.1, pause=pause, output_scale=0.5)
     adapter = SpeechAdapter(config, model.text.config)
