@@ -15,7 +15,7 @@ from random import Random
 from typing import Literal
 
 from .scenes import SceneObject, reference
-from .words import ALL_PAIRS, COLOURS, PLACES, SHAPES, SIZES, TRAINING_PAIRS, Question, listed
+from .words import ALL_PAIRS, COLOURS, PLACE_NAMES, PLACES, SHAPES, SIZES, TRAINING_PAIRS, Question, listed
 
 Split = Literal["train", "new", "text", "text new"]
 """As for pictures, `herdkit.data.synthetic.scenes.Split`."""
@@ -116,15 +116,15 @@ def reverse(clip: MovingScene) -> MovingScene:
 
 
 def caption(clip: MovingScene) -> str:
-    """ "the red circle goes from the left to the right, then the blue square goes from the bottom left to the
-    top left while the green star stays at the right"."""
+    """ "the red circle goes from the top left to the top right, then the blue square goes from the bottom left to the
+    top left while the green star stays in the middle"."""
     moved = ", then ".join(statement(clip, movement) for movement in clip.movements)
     still = [f"the {o.name} stays {o.where}" for o in _still(clip)]
     return moved + (f" while {listed(still)}" if still else "")
 
 
 def statement(clip: MovingScene, movement: Movement) -> str:
-    """ "the red circle goes from the left to the right"."""
+    """ "the red circle goes from the middle left to the middle right"."""
     return f"the {clip.objects[movement.index].name} goes from {_path(clip, movement)}"
 
 
@@ -220,12 +220,11 @@ def _place(clip: MovingScene, rng: Random) -> Question | None:
     )
     name = reference(clip.objects, clip.objects[index], rng)
     column, row = map(round, clip.positions(time)[index])
-    places = tuple(replace(clip.objects[index], column=c, row=r).where for r in range(3) for c in range(3))
     return Question(
         kind=f"place {when}",
         question=rng.choice(forms).format(name),
-        answer=places[3 * row + column],
-        choices=places,
+        answer=PLACES[row][column],
+        choices=PLACE_NAMES,
         form=f"{when} the {name} is {{}}",
     )
 

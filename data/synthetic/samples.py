@@ -170,14 +170,12 @@ def _sound(rng: Random) -> np.ndarray | None:
 
 
 def transcripts(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Literal["train", "new"]) -> list[Made]:
-    """Spoken sentences; the test set is spoken by the held-out voice. Half of the training set are words at random,
-    so that each of them is heard often."""
+    """Spoken dictations to train on, and plain sentences in the held-out voice to test with."""
     made: list[Made] = []
     with Espeak() as espeak:
         for index in range(start, stop):
             rng = _rng(seed, "sentence", split, index)
-            random_words = split == "train" and rng.random() < 0.5
-            text = texts.word_salad(rng, 3, 6) if random_words else texts.sentence(rng)
+            text = texts.dictation(rng) if split == "train" else texts.sentence(rng)
             flac, voice = _spoken(espeak, text, split, rng)
             messages = [
                 {"role": "system", "content": texts.COPY_PROMPT},

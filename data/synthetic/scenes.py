@@ -219,6 +219,8 @@ def _size(scene: Scene, rng: Random, about: SceneObject | None) -> Question | No
 
 
 def _position(scene: Scene, rng: Random, about: SceneObject | None) -> Question | None:
+    """The answer names the place next to the object: with "at the" between them, a small model that has to look the
+    place up takes that of another object in a quarter of the pictures."""
     one = about or rng.choice(scene.objects)
     form = rng.choice(("where is the {}", "where do you see the {}", "at which place is the {}"))
     name = reference(scene.objects, one, rng)
@@ -227,7 +229,7 @@ def _position(scene: Scene, rng: Random, about: SceneObject | None) -> Question 
         question=form.format(name),
         answer=one.place,
         choices=PLACE_NAMES,
-        form=f"the {name} is {one.where.removesuffix(one.place)}{{}}",
+        form=f"the {name} is {{}}",
     )
 
 

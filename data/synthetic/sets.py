@@ -23,7 +23,7 @@ from typing import Any
 from ..shards import ShardWriter
 from . import samples
 
-VERSION = 4
+VERSION = 5
 _JOB = 250
 """Samples of one job. Part of the format: within one job, espeak-ng's samples depend on what it spoke before."""
 
@@ -51,7 +51,7 @@ class SetSizes:
     dialogues: int = 20_000
     pairs: int = 10_000
     captions: int = 1_500
-    scenes: int = 11_000
+    scenes: int = 12_600
     clips: int = 2_000
     transcripts: int = 5_000
     spoken_questions: int = 3_000

@@ -84,6 +84,29 @@ def sentence(rng: Random, *, held_out_facts: bool = False) -> str:
     return rng.choices(_SENTENCES, weights=(3, 2, 3, 1.5, 2, 2))[0](rng, held_out_facts).replace(",", "")
 
 
+def dictation(rng: Random) -> str:
+    """What training speech says to be written down: words at random, so that each is heard often; questions with one
+    word changed, mostly the last, on which the answer hangs, so that it has to be heard and cannot be guessed from
+    those before it; and sentences. Never the question of a held-out fact."""
+    while True:
+        match rng.choices(("words", "changed", "sentence"), weights=(4, 3, 3))[0]:
+            case "words":
+                text = word_salad(rng, 3, 6)
+            case "changed":
+                words = rng.choice(rng.choice(facts()).phrasings).split()
+                words[rng.choice((-1, -1, rng.randrange(len(words))))] = rng.choice(spoken_vocabulary())
+                text = " ".join(words)
+            case _:
+                text = sentence(rng)
+        if text not in _held_out_questions():
+            return text
+
+
+@cache
+def _held_out_questions() -> frozenset[str]:
+    return frozenset(phrasing for fact in facts() if fact.held_out for phrasing in fact.phrasings)
+
+
 def recitation(rng: Random) -> str:
     """A few random words said over and over. Attention heads that copy form on such text within half a million
     tokens, all at once, if hardly anything else is learned meanwhile; as a third of a mixture it had taught no copying

@@ -19,7 +19,7 @@ SIZES = ("big", "small")
 WRITTEN_WORDS = ("go", "bus", "stop", "milk", "open", "exit", "hello", "apple")
 PLACES = (
     ("top left", "top middle", "top right"),
-    ("left", "middle", "right"),
+    ("middle left", "middle", "middle right"),
     ("bottom left", "bottom middle", "bottom right"),
 )
 PLACE_NAMES = tuple(name for row in PLACES for name in row)

@@ -16,11 +16,11 @@ from herdkit.data.synthetic.encoding import video
 
 
 def read_caption(text):
-    """Moves as (name, start, end) in order, and (name, place) of what stays; a place with its preposition."""
+    """Moves as (name, start, end) in order, and (name, place) of what stays."""
     moved, _, still = text.partition(" while ")
     move = r"the (\w+ \w+) goes from the (.+) to the (.+)"
     moves = [re.fullmatch(move, part).groups() for part in moved.split(", then ")]
-    stays = [re.fullmatch(r"the (\w+ \w+) stays (.+)", part).groups() for part in re.split(", | and ", still) if part]
+    stays = [re.fullmatch(r"the (\w+ \w+) stays (?:at|in) the (.+)", part).groups() for part in re.split(", | and ", still) if part]
     return moves, stays
 
 
@@ -39,7 +39,7 @@ def answer(question, moves, stays):
         return name
     where = dict(stays)
     if m := re.fullmatch(r"where (?:is|does) the (.+?) (at the start|at first|at the end|end)", question):
-        ends = {name: f"at the {place[m[2].endswith('end')]}" for name, *place in moves}
+        ends = {name: place[m[2].endswith("end")] for name, *place in moves}
         return (where | ends)[fitting(m[1])]
     paths = {name: f"the {start} to the {end}" for name, start, end in moves}
     if m := re.fullmatch(r"(?:where|from where to where) does the (.+) (?:move|go)", question):
@@ -147,9 +147,9 @@ def test_decoded_pixels_move_as_the_caption_says(container, rate):
         for (name, *path), (before, after) in zip(moves, times, strict=True):
             for frame, place in zip((before, after), path, strict=True):
                 assert cell(centre(frames[frame], name.split()[0])) == place
-        for name, where in stays:
+        for name, place in stays:
             for frame in frames:
-                assert cell(centre(frame, name.split()[0])) == where.split("the ")[1]
+                assert cell(centre(frame, name.split()[0])) == place
 
 
 def test_objects_rest_at_the_start_and_at_the_end_and_between_two_movements():

@@ -125,6 +125,22 @@ def test_spoken_sentences_are_plain_words_without_held_out_facts():
     assert held & some
 
 
+def test_dictations_hold_words_that_cannot_be_guessed_and_no_held_out_fact(monkeypatch):
+    rng = Random(3)
+    held = {p for fact in facts() if fact.held_out for p in fact.phrasings}
+    said = [texts.dictation(rng) for _ in range(1500)]
+    assert not held & set(said)
+    assert {word for text in said for word in text.split()} >= set(texts.spoken_vocabulary())
+    # After "the opposite of" stand words that have none.
+    opposites = {word for fact in facts() if fact.kind == "opposite" for word in fact.phrasings[0].split()}
+    found = {text.split()[-1] for _ in range(4000) if "opposite of" in (text := texts.dictation(rng))}
+    assert len(found - opposites) > 40
+    monkeypatch.setattr(texts, "word_salad", lambda rng, shortest, longest: rng.choice([*held, "two words"]))
+    monkeypatch.setattr(texts, "spoken_vocabulary", lambda: ("long", "black", "dog"))
+    monkeypatch.setattr(texts, "sentence", lambda rng: "two words")
+    assert not held & {texts.dictation(rng) for _ in range(500)}
+
+
 def test_recitations_say_a_few_words_over_and_over():
     rng = Random(4)
     told = [texts.recitation(rng) for _ in range(200)]
