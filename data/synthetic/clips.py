@@ -169,16 +169,18 @@ def _one_movement(clip: MovingScene, rng: Random) -> tuple[SceneObject, Movement
 
 
 def _mover(clip: MovingScene, rng: Random) -> Question | None:
+    """The answer says "first" or "last" next to the object that it has to find, as in `scenes.questions` the place."""
     if len(clip.objects) == 1:  # any single frame would do
         return None
     one, _, words = _one_movement(clip, rng)
+    order = words.partition(" ")[2]
     form = rng.choice(("which object {}", "what {}", "what is the object that {}"))
     return Question(
         kind="mover",
         question=form.format(words),
         answer=one.name,
         choices=tuple(o.name for o in clip.objects),
-        form=f"the object that {words} is the {{}}",
+        form=f"{order} the {{}} moves" if order else "the object that moves is the {}",
     )
 
 
@@ -233,11 +235,13 @@ def _happens(clip: MovingScene, rng: Random) -> Question | None:
     if len(clip.objects) == 1:
         return None
     _, movement, words = _one_movement(clip, rng)
+    order = words.partition(" ")[2]
     return Question(
         kind="happens",
-        question=f"what happens {words.partition(' ')[2]}".strip(),
+        question=f"what happens {order}".strip(),
         answer=statement(clip, movement),
         choices=tuple(f"the {o.name} goes from {path}" for o in clip.objects for path in _PATHS),
+        form=f"{order} {{}}".strip(),
     )
 
 

@@ -51,8 +51,8 @@ class SetSizes:
     dialogues: int = 20_000
     pairs: int = 10_000
     captions: int = 1_500
-    scenes: int = 12_600
-    clips: int = 2_000
+    scenes: int = 12_000
+    clips: int = 3_000
     transcripts: int = 5_000
     spoken_questions: int = 3_000
     two_senses: int = 2_000
