@@ -14,8 +14,8 @@ from torch.nn import functional as F
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`torch.nn.functional.rms_norm` over the last dimension of x (..., D), with weight (D,). In float32 and float64 on
     a CPU it cannot be differentiated twice."""
-    fused = x.is_cuda or torch.compiler.is_compiling()
-    if fused or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype:
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not eager or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
 
