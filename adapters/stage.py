@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,7 @@ def train_on_dialogs(
     model: ComposedModel,
     run_dir: Path,
     objective: Objective = next_token,
-    collator: type[DialogCollator] = DialogCollator,
+    collator: Callable[..., DialogCollator] = DialogCollator,
 ) -> dict[str, Any]:
     """Trains a composed model on the recipe's dialogs and writes `run_dir/model`; the trainer's result.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from .loader import Loader
 from .mixture import Mixture
@@ -38,11 +38,13 @@ class DataConfig:
         sources: mixed by weight, exactly at every prefix.
         seed: of the order.
         row_length: tokens of a row at most.
+        on_bad: "raise" stops at a bad sample and names it, "skip" logs it and goes on.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
     seed: int = 0
     row_length: int = 2048
+    on_bad: Literal["raise", "skip"] = "raise"
 
 
 def open_loader(
@@ -62,7 +64,9 @@ def open_loader(
         raise ValueError("data.sources is empty; name at least one set of shards")
     named = zip(source_names(data.sources), data.sources, strict=True)
     parts = [(name, ShardReader(source.shards), source.weight) for name, source in named]
-    return Loader(Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size)
+    return Loader(
+        Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size, on_bad=data.on_bad
+    )
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:

@@ -6,6 +6,9 @@ Letters in shapes: N utterances, T frames, V classes, L target tokens, D width o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,6 +46,11 @@ def ctc_loss(
         scores = logits.log_softmax(dim=-1).transpose(0, 1)
         loss_sum = F.ctc_loss(scores, targets, lengths, target_lengths, blank=blank, reduction="sum")
     return loss_sum, target_lengths.sum()
+
+
+def least_frames(targets: Sequence[int]) -> int:
+    """The frames that an utterance needs at least: one for every target, and one between equal neighbours."""
+    return len(targets) + sum(a == b for a, b in pairwise(targets))
 
 
 def greedy_ctc(logits: Tensor, lengths: Tensor, blank: int = 0) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..text.rows import IGNORE
 from ..text.tokenizer import Tokenizer
 from ..train.recipe import Stage
 from .adapter import SpeechAdapter, SpeechAdapterConfig
-from .ctc import ctc_loss
+from .ctc import ctc_loss, least_frames
 from .features import SpecAugmentConfig, spec_augment
 
 
@@ -96,12 +97,22 @@ class SpeechBatch(Batch):
 
 
 class SpeechCollator(DialogCollator):
-    """Dialogs with one recording each, whose words are the member `txt`."""
+    """Dialogs with one recording each, whose words are the member `txt`.
+
+    Args:
+        spelled: a CTC loss will spell the words in bytes off the encoder's frames.
+        aligned: one will read them in tokens off the soft tokens.
+    """
+
+    def __init__(self, *given: Any, spelled: bool = False, aligned: bool = False, **options: Any):
+        super().__init__(*given, **options)
+        self.spelled, self.aligned = spelled, aligned
 
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> SpeechBatch:
         """
         Raises:
-            ValueError: a sample has no transcript, or not exactly one recording.
+            ValueError: a sample has no transcript, not exactly one recording, or more words than a CTC loss can read
+                off it.
         """
         batch = super().__call__(samples)
         for _, sample in samples:
@@ -111,11 +122,23 @@ class SpeechCollator(DialogCollator):
         if speech is None or speech.placements.input.tolist() != list(range(len(samples))):
             raise ValueError(f"{samples[0][1].shard}: every sample needs exactly one recording")
         said = [sample.text("txt") for _, sample in samples]
+        in_tokens, in_bytes = [self.tokenizer.encode(text) for text in said], [list(text.encode()) for text in said]
+        length = self.ports["audio"].prepare.config.conformer.length  # type: ignore[attr-defined]
+        frames = [length(n) for n in speech.tensors["frames"].tolist()]
+        soft_tokens = [n - 2 for n in speech.placements.length.tolist()]  # without the vectors around them
+        checks = [("bytes", in_bytes, frames)] * self.spelled + [("tokens", in_tokens, soft_tokens)] * self.aligned
+        for unit, words, room in checks:
+            for (_, sample), one, space in zip(samples, words, room, strict=True):
+                if (least := least_frames(one)) > space:
+                    raise ValueError(
+                        f"{sample.shard}: sample {sample.key}: the transcript needs {least} frames for its {unit}, "
+                        f"but the recording has {space}: is it of another text, or cut off?"
+                    )
         return SpeechBatch(
             rows=batch.rows,
             inputs=batch.inputs,
-            tokens_said=Transcripts.of([self.tokenizer.encode(text) for text in said]),
-            bytes_said=Transcripts.of([list(text.encode()) for text in said]),
+            tokens_said=Transcripts.of(in_tokens),
+            bytes_said=Transcripts.of(in_bytes),
         )
 
 
@@ -193,7 +216,8 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         model.attach(adapter)
     weights = recipe.answer_weight, recipe.ctc_weight, recipe.alignment_weight
     objective = SpeechObjective(*weights, blank, recipe.augment)
-    return train_on_dialogs(recipe, model, run_dir, objective, SpeechCollator)
+    collator = partial(SpeechCollator, spelled=recipe.ctc_weight > 0, aligned=recipe.alignment_weight > 0)
+    return train_on_dialogs(recipe, model, run_dir, objective, collator)
 
 
 @torch.no_grad()

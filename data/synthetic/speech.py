@@ -13,6 +13,8 @@ from .espeak import Espeak
 
 SAMPLE_RATE = 16000
 MIN_SECONDS = 1.0
+MAX_LETTERS_PER_SECOND = 22
+"""Of speech. People stay below it, and a speech encoder of 25 frames a second can still spell what it hears."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,13 @@ def speak(espeak: Espeak, text: str, voices: Sequence[Voice], rng: Random) -> tu
     words = len(text.split())
     # Long sentences are not spoken slowly: the longest recording sets the cost of a whole batch.
     rate = max(rng.randint(*voice.rates), min(17 * words, voice.rates[1]))
-    spoken, source_rate = espeak.speak(text, voice.name, rate, rng.randint(*voice.pitches))
-    samples = _trimmed(resample(spoken, source_rate))
+    pitch = rng.randint(*voice.pitches)
+    while True:
+        spoken, source_rate = espeak.speak(text, voice.name, rate, pitch)
+        samples = _trimmed(resample(spoken, source_rate))
+        if len(text) <= MAX_LETTERS_PER_SECOND * len(samples) / SAMPLE_RATE:
+            break
+        rate = round(0.9 * rate)
     return _recorded(samples, rng), voice.name
 
 

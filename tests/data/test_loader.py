@@ -343,3 +343,17 @@ def test_the_order_does_not_depend_on_where_the_data_lie(tmp_path):
     same = [SourceConfig(shards=f"{folder}/cats/*.tar") for folder in ("a", "b")]
     assert source_names(same) == ["a/cats/*.tar", "b/cats/*.tar"]
     assert source_names([*same, SourceConfig(shards="c/cats/*.tar", name="mine")])[2] == "mine"
+
+
+def test_a_recipe_says_what_happens_to_bad_samples(tmp_path):
+    with ShardWriter(tmp_path / "%06d.tar", max_count=100) as writer:
+        for i in range(10):
+            writer.write(f"a{i}", {"txt": str(i)})
+
+    def batch(on_bad):
+        data = DataConfig(sources=[SourceConfig(shards=str(tmp_path / "*.tar"))], on_bad=on_bad)
+        return next(iter(open_loader(data, fussy, 10)))
+
+    with pytest.raises(LoaderError, match="is broken"):
+        batch("raise")
+    assert {key for _, key in batch("skip")} == {f"a{i}" for i in range(10)} - {"a3", "a4"}

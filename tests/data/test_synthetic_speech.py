@@ -127,3 +127,13 @@ def test_recordings_keep_length_level_margins_and_noise(espeak):
     assert np.percentile(snrs, 5) > 8
     assert np.percentile(snrs, 95) < 38
     assert np.ptp(snrs) > 12
+
+
+def test_nobody_speaks_faster_than_can_be_spelled(espeak):
+    text = "the green square goes from the middle right to the middle left"
+    rng = Random(0)
+    for _ in range(25):
+        samples, _ = speech.speak(espeak, text, speech.TRAINING_VOICES, rng)
+        silence = 0.12  # at least
+        assert len(samples) / 16000 - silence >= len(text) / speech.MAX_LETTERS_PER_SECOND
+    assert len(samples) / 16000 < 4

@@ -69,6 +69,19 @@ def gradients(model, found: SpeechObjective, batches) -> dict[str, torch.Tensor]
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_a_transcript_that_does_not_fit_its_recording_is_a_bad_sample(model):
+    ports = [Port.of(model.adapters["speech"])]
+    long = sample(1)
+    long.members["txt"] = b"green " * 30
+    given = list(enumerate([sample(0), long]))
+    SpeechCollator(model.tokenizer, ports)(given)
+    for check, unit in (("spelled", "bytes"), ("aligned", "tokens")):
+        collate = SpeechCollator(model.tokenizer, ports, **{check: True})
+        collate(given[:1])
+        with pytest.raises(ValueError, match=rf"made\.tar: sample 001: the transcript needs \d+ frames for its {unit}"):
+            collate(given)
+
+
 def test_a_batch_holds_the_words_as_tokens_and_as_bytes(model):
     batch = collate(model, [sample(0), sample(2)])
     for i, words in enumerate((WORDS[0], WORDS[2])):
