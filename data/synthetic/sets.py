@@ -48,11 +48,11 @@ class SetSizes:
 
     english_bytes: int = 2_500_000
     recitations: int = 15_000
-    dialogues: int = 20_000
+    dialogues: int = 24_000
     pairs: int = 10_000
     captions: int = 1_500
     scenes: int = 12_000
-    clips: int = 3_000
+    clips: int = 2_400
     transcripts: int = 5_000
     spoken_questions: int = 3_000
     two_senses: int = 2_000

@@ -51,7 +51,7 @@ def dialogues(rng: Random, count: int) -> Iterator[list[Message]]:
     makers, weights = zip(*_MAKERS, strict=True)
     for maker in rng.choices(makers, weights=weights, k=count):
         messages = maker(rng)
-        if rng.random() < 0.4:
+        if rng.random() < 0.2:
             for message in messages:
                 if message["role"] == "user" and len(message["content"].split()) <= 12:
                     message["content"] = before_pause(message["content"], rng)
