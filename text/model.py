@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import BlockMask, DocumentRows, attend, see_own_document
 from .rms_norm import rms_norm
 
 BeforeLayer = Callable[[int, Tensor], Tensor]
@@ -125,11 +126,11 @@ class KVCache:
 
 
 class Shared(NamedTuple):
-    """What all layers of one forward pass share: the rotation (see `rotary_turns`), the mask (B, 1, T, S) bool
-    or None for plain causal, and, with a cache, the slots to write (None: 0..T-1) and how many to read."""
+    """What all layers of one forward pass share: the rotation (see `rotary_turns`), what positions see (see `attend`),
+    and, with a cache, the slots to write (None: 0..T-1) and how many to read."""
 
     turns: Tensor
-    mask: Tensor | None = None
+    sees: Tensor | DocumentRows | BlockMask | None = None
     cache: KVCache | None = None
     slots: Tensor | None = None
     length: int = 0
@@ -201,20 +202,7 @@ class Attention(nn.Module):
                 cache.write(self.layer, shared.slots, k, v)
                 k = cache.keys[self.layer, :, : shared.length].to(q.dtype)
                 v = cache.values[self.layer, :, : shared.length].to(q.dtype)
-        group = self.n_heads // self.n_kv_heads
-        if shared.mask is not None and q.is_cuda:
-            # CUDA's memory-efficient kernel takes masks but no groups; for both together PyTorch falls back to
-            # one that stores all T x S weights.
-            k, v, group = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2), 1
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=shared.mask,
-            is_causal=shared.mask is None,
-            enable_gqa=group > 1,
-        )
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return self.wo(attend(q, k, v, shared.sees).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -283,11 +271,14 @@ class Transformer(nn.Module):
         """(B, T) int64 to (B, T, D)."""
         return self.tok_embeddings(tokens)
 
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D), the projection to the vocabulary; where embeddings are tied, the embedding matrix."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm to logits (..., V)."""
-        if self.output is None:
-            return F.linear(hidden, self.tok_embeddings.weight)
-        return self.output(hidden)
+        return F.linear(hidden, self.output_weight)
 
     def forward(
         self,
@@ -356,20 +347,19 @@ class Transformer(nn.Module):
         if cache is not None and documents is not None:
             raise ValueError("documents cannot be used with a cache: decode each document in its own row")
         steps = torch.arange(T, device=device)
-        mask, slots, length = None, None, T
+        sees, slots, length = None, None, T
         if documents is not None:
-            mask = (documents[:, :, None] == documents[:, None, :]) & (steps[:, None] >= steps)
-            mask = mask[:, None]
+            sees = see_own_document(documents)
             if positions is None:
                 positions = document_positions(documents)
         if cache is not None:
             if positions is not None:
                 slots, length = positions, int(positions.max()) + 1
-                mask = torch.arange(length, device=device) <= positions[:, None, :, None]
+                sees = torch.arange(length, device=device) <= positions[:, None, :, None]
             if length > cache.max_len:
                 raise ValueError(f"position {length - 1} is beyond the cache's {cache.max_len} slots")
         turns = rotary_turns(self.config, steps if positions is None else positions)
-        return Shared(turns, mask, cache, slots, length)
+        return Shared(turns, sees, cache, slots, length)
 
     def parameter_table(self) -> dict[str, int]:
         """Number of parameters by kind, and in all."""

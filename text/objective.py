@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from .loss import linear_cross_entropy
 from .model import Transformer
 from .rows import IGNORE, TokenBatch
 
@@ -25,9 +25,6 @@ def token_loss(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     Only labelled positions are projected to the vocabulary: in a dialog most are not.
     """
     counted = labels != IGNORE
-    targets = labels[counted]
-    logits = model.unembed(hidden[counted]).float()
-    loss = F.cross_entropy(logits, targets, reduction="sum")
     count = counted.sum()
-    right = (logits.detach().argmax(-1) == targets).sum()
+    loss, right = linear_cross_entropy(hidden[counted], model.output_weight, labels[counted])
     return loss, count, {"accuracy": (right, count)}
