@@ -4,7 +4,7 @@ from .dialog import EncodedDialog, encode_dialog, encode_prompt
 from .generate import generate, stream
 from .interchange import config_from_hf, config_to_hf, from_hf_state_dict, to_hf_state_dict
 from .model import KVCache, RopeScaling, Transformer, TransformerConfig
-from .presets import preset
+from .presets import ladder, preset
 from .tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "encode_prompt",
     "from_hf_state_dict",
     "generate",
+    "ladder",
     "preset",
     "stream",
     "to_hf_state_dict",

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from herdkit.text import KVCache, RopeScaling, Transformer, TransformerConfig, preset, to_hf_state_dict
+from herdkit.text import KVCache, RopeScaling, Transformer, TransformerConfig, ladder, preset, to_hf_state_dict
 from herdkit.text.model import document_positions, rotary_turns
 
 SCALINGS = pytest.mark.parametrize("scaling", [None, RopeScaling()], ids=["plain-rope", "llama3-rope"])
@@ -218,6 +218,15 @@ class TestConstruction:
         assert table.pop("total") == sum(table.values()) == parameters
         assert model.kv_bytes_per_token() == cache_bytes
         assert model.kv_bytes_per_token(torch.float32) == 2 * cache_bytes
+
+    def test_the_ladder_is_what_its_names_say(self):
+        units = {"m": 1e6, "b": 1e9}
+        for name, config in ladder().items():
+            with torch.device("meta"):
+                table = Transformer(config).parameter_table()
+            size = name.removeprefix("ladder-")
+            inner = table["total"] - table["embeddings"] - table["output"]
+            assert inner == pytest.approx(float(size[:-1]) * units[size[-1]], rel=0.03), name
 
     def test_compute_of_the_paper(self):
         with torch.device("meta"):

@@ -1,0 +1,131 @@
+"""Forward and backward of a language model of 100M parameters, here and in transformers, in turns on the same threads.
+
+    python benchmarks/text_training.py [--precision bfloat16] [--compile] [--batch 8] [--length 512] [--vocabulary 32000]
+    python benchmarks/text_training.py --memory --vocabulary 128256
+
+Both train on the same rows: transformers with `labels`, here with the objective of the training stages. Prints the
+medians of interleaved rounds as one JSON line; with --memory the growth of the peak of resident memory in a process of
+its own for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from herdkit.text import Transformer, TransformerConfig, config_to_hf, to_hf_state_dict
+from herdkit.text.objective import next_token
+from herdkit.text.rows import IGNORE, TokenBatch
+
+
+def sizes(vocabulary: int, length: int) -> TransformerConfig:
+    return TransformerConfig(
+        dim=768,
+        n_layers=12,
+        n_heads=12,
+        n_kv_heads=4,
+        ffn_dim=2048,
+        vocab_size=vocabulary,
+        max_seq_len=length,
+        tie_embeddings=True,
+    )
+
+
+def ours(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], float]:
+    model = Transformer(sizes(options.vocabulary, options.length))
+    if options.compile:
+        for layer in model.layers:
+            layer.compile()
+    labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
+    batch = TokenBatch(tokens, labels)
+
+    def step() -> float:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+            loss, count, _ = next_token(model, batch)
+        (loss / count).backward()
+        return (loss / count).item()
+
+    step.model = model  # type: ignore[attr-defined]
+    return step
+
+
+def theirs(options: argparse.Namespace, tokens: torch.Tensor, weights: Transformer | None = None) -> Callable[[], float]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = sizes(options.vocabulary, options.length)
+    model = LlamaForCausalLM(LlamaConfig(**config_to_hf(config)))
+    if weights is not None:
+        model.load_state_dict(to_hf_state_dict(config, weights.state_dict()), strict=False)
+        model.tie_weights()
+    if options.compile:
+        model.model.compile()
+
+    def step() -> float:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def seconds(step: Callable[[], float]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def growth(which: str, options: argparse.Namespace, tokens: torch.Tensor) -> int:
+    step = (ours if which == "herdkit" else theirs)(options, tokens)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--grow", choices=["herdkit", "transformers"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    tokens = torch.randint(options.vocabulary, (options.batch, options.length))
+    if options.grow:
+        print(growth(options.grow, options, tokens))
+        return
+    setting = {name: getattr(options, name) for name in ("precision", "compile", "batch", "length", "vocabulary")}
+    result: dict = {"benchmark": "text_training", **setting, "threads": torch.get_num_threads()}
+    result |= {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
+    if options.memory:
+        for name in ("herdkit", "transformers"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--grow", name]
+            result[f"{name}_bytes"] = int(subprocess.run(command, check=True, capture_output=True).stdout)
+        result["ratio"] = result["herdkit_bytes"] / result["transformers_bytes"]
+    else:
+        here = ours(options, tokens)
+        steps = {"herdkit": here, "transformers": theirs(options, tokens, here.model)}  # type: ignore[attr-defined]
+        losses = {name: step() for name, step in steps.items()}  # warms up, and shows that both do the same
+        times = [{name: seconds(step) for name, step in steps.items()} for _ in range(options.rounds)]
+        for name in steps:
+            result[f"{name}_tokens_per_second"] = tokens.numel() / median(row[name] for row in times)
+        result |= {"losses": losses, "ratio": median(row["transformers"] / row["herdkit"] for row in times)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
