@@ -1,6 +1,6 @@
 """Forward and backward of a language model of 100M parameters, here and in transformers, in turns on the same threads.
 
-    python benchmarks/text_training.py [--precision bfloat16] [--compile] [--batch 8] [--length 512] [--vocabulary 32000]
+    python benchmarks/text_training.py [--precision bfloat16] [--compile] [--batch 8] [--length 512]
     python benchmarks/text_training.py --memory --vocabulary 128256
 
 Both train on the same rows: transformers with `labels`, here with the objective of the training stages. Prints the
@@ -25,6 +25,8 @@ from herdkit.text import Transformer, TransformerConfig, config_to_hf, to_hf_sta
 from herdkit.text.objective import next_token
 from herdkit.text.rows import IGNORE, TokenBatch
 
+Step = Callable[[], float]
+
 
 def sizes(vocabulary: int, length: int) -> TransformerConfig:
     return TransformerConfig(
@@ -39,7 +41,7 @@ def sizes(vocabulary: int, length: int) -> TransformerConfig:
     )
 
 
-def ours(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], float]:
+def ours(options: argparse.Namespace, tokens: torch.Tensor) -> Step:
     model = Transformer(sizes(options.vocabulary, options.length))
     if options.compile:
         for layer in model.layers:
@@ -58,7 +60,9 @@ def ours(options: argparse.Namespace, tokens: torch.Tensor) -> Callable[[], floa
     return step
 
 
-def theirs(options: argparse.Namespace, tokens: torch.Tensor, weights: Transformer | None = None) -> Callable[[], float]:
+def theirs(
+    options: argparse.Namespace, tokens: torch.Tensor, weights: Transformer | None = None
+) -> Callable[[], float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = sizes(options.vocabulary, options.length)
@@ -79,7 +83,7 @@ def theirs(options: argparse.Namespace, tokens: torch.Tensor, weights: Transform
     return step
 
 
-def seconds(step: Callable[[], float]) -> float:
+def seconds(step: Step) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

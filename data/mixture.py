@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -50,12 +50,13 @@ class Mixture:
 
     Args:
         sources: (name, reader, weight) each; a name belongs to the order, so keep it when data are moved.
+        drawn: how often each source, by name, had been drawn before position 0; it goes on from there. Missing: 0.
 
     Raises:
         ValueError: no sources, a name twice, an empty source, a weight that is not positive and finite.
     """
 
-    def __init__(self, sources: Sequence[tuple[str, Source, float]]):
+    def __init__(self, sources: Sequence[tuple[str, Source, float]], drawn: Mapping[str, int] | None = None):
         if not sources:
             raise ValueError("a mixture needs at least one source")
         self.names = [name for name, _, _ in sources]
@@ -72,6 +73,14 @@ class Mixture:
         self.weights = [Fraction(count, self._period) for count in self._counts]
         """The share of each source, exactly as it is drawn."""
         self._pattern, self._earlier = _interleave(self._counts)
+        self._drawn = [(drawn or {}).get(name, 0) for name in self.names]
+
+    def drawn(self, position: int) -> dict[str, int]:
+        """How often each source has been drawn before a position, by name."""
+        period, slot = divmod(position, self._period)
+        now = np.bincount(self._pattern[:slot], minlength=len(self.names))
+        counts = zip(self.names, self._drawn, self._counts, now.tolist(), strict=True)
+        return {name: before + period * count + here for name, before, count, here in counts}
 
     def locate(self, position: int, seed: int, shift: int = 0) -> Place:
         """Where the sample of a position comes from.
@@ -85,7 +94,7 @@ class Mixture:
             raise IndexError(f"position must be at least 0, not {position}")
         period, slot = divmod(position, self._period)
         source = int(self._pattern[slot])
-        drawn = period * self._counts[source] + int(self._earlier[slot])
+        drawn = self._drawn[source] + period * self._counts[source] + int(self._earlier[slot])
         length = len(self.readers[source])
         epoch, offset = divmod(drawn, length)
         order = _permutation(seed, self.names[source], epoch, length)

@@ -1,77 +1,109 @@
-"""Pre-training of the language model (section 3.4): next-token prediction over packed documents."""
+"""Initial pre-training of the language model (section 3.4.1): next-token prediction over packed documents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.dialogs import dialog_sample
 from ..data.shards import Sample, ShardReader
-from ..data.sources import DataConfig, open_loader
+from ..data.sources import DataConfig
 from ..train.parallel import rank, world_size
 from ..train.recipe import Stage, StageRecipe, train_by
 from .dialog import encode_dialog
+from .held_out import HeldOutConfig, held_out_loss
 from .model import Transformer, TransformerConfig
 from .model_directory import save_text
-from .objective import next_token
-from .rows import Document, TokenBatch, pack_documents
+from .objective import Metrics, next_token
+from .row_loader import Phase, RowLoader, plan_phases, with_ramp
+from .rows import TokenBatch
 from .tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
 class PretrainRecipe(StageRecipe):
-    """
+    """`trainer.batch_size` is in rows.
+
     Args:
         tokenizer: a `tokenizer.json`; "" trains one of `model.vocab_size` entries on the data's first
             `tokenizer_samples` samples.
         model: sizes of the language model.
         data: samples with a `txt` member, one document each, or dialogs, which are read as text in the chat
             format; a document longer than `row_length` is cut into pieces.
+        window: documents that are packed together; more of them leave less padding.
+        phases: changes of row length, batch size and mixture, by tokens seen.
+        held_out: what to measure at `trainer.evaluate_every` and at the end.
     """
 
     tokenizer: str = ""
     tokenizer_samples: int = 20_000
     model: TransformerConfig
     data: DataConfig = field(default_factory=DataConfig)
-
-
-class TextCollator:
-    """Samples to packed rows: begin of text, the text, end of text, or a dialog in the chat format; every token
-    counts in the loss."""
-
-    def __init__(self, tokenizer: Tokenizer, row_length: int):
-        self.tokenizer = tokenizer
-        self.row_length = row_length
-
-    def __call__(self, samples: Sequence[tuple[int, Sample]]) -> TokenBatch:
-        pieces: list[Document] = []
-        for _, sample in samples:
-            if "txt" in sample.members:
-                tokens = [*self.tokenizer.encode(sample.text("txt"), bos=True), self.tokenizer.eos_id]
-            else:
-                tokens = encode_dialog(dialog_sample(sample, ()), self.tokenizer).tokens
-            for start in range(0, len(tokens), self.row_length):
-                piece = tokens[start : start + self.row_length]
-                pieces.append(Document(piece, [True] * len(piece)))
-        return pack_documents(pieces, self.tokenizer.pad_id, self.row_length)
+    window: int = 1024
+    phases: list[Phase] = field(default_factory=list)
+    held_out: HeldOutConfig | None = None
 
 
 def run(recipe: PretrainRecipe, run_dir: Path) -> dict[str, Any]:
-    """Trains and writes `run_dir/model`; returns the trainer's result."""
+    """Trains and writes `run_dir/model`; returns the trainer's result.
+
+    Raises:
+        ValueError: see `plan_phases`; rows are longer than `model.max_seq_len`.
+    """
     torch.manual_seed(recipe.trainer.seed)
     tokenizer = prepare_tokenizer(recipe)
     model = Transformer(recipe.model)
-    batch_size = recipe.trainer.micro_batch_size(world_size())
-    collate = TextCollator(tokenizer, recipe.data.row_length)
-    loader = open_loader(recipe.data, collate, batch_size, rank(), world_size())
-    result = train_by(recipe, model, loader, next_token, run_dir)
+    result = train_on_rows(recipe, model, tokenizer, run_dir)
     if rank() == 0:
         save_text(model, tokenizer, run_dir / "model")
     return result
+
+
+def train_on_rows(recipe: PretrainRecipe, model: Transformer, tokenizer: Tokenizer, run_dir: Path) -> dict[str, Any]:
+    """Trains a language model on packed rows as the recipe says; returns the trainer's result."""
+    phases = plan_phases(recipe.phases, recipe.trainer, recipe.data)
+    longest = max(phase.row_length for phase in phases)
+    if longest > model.config.max_seq_len:
+        raise ValueError(f"rows of {longest} tokens are longer than model.max_seq_len ({model.config.max_seq_len})")
+    recipe = dataclasses.replace(recipe, trainer=with_ramp(recipe.trainer, phases))
+    encode = document_encoder(tokenizer)
+    loader = RowLoader(
+        recipe.data, phases, encode, tokenizer.pad_id, window=recipe.window, rank=rank(), world_size=world_size()
+    )
+    evaluate = None
+    if recipe.held_out is not None:
+        evaluate = held_out_loss(recipe.held_out, encode, tokenizer.pad_id, recipe.data.row_length)
+    try:
+        return train_by(recipe, model, loader, next_token_of_rows, run_dir, evaluate)
+    finally:
+        loader.close()
+
+
+def next_token_of_rows(model: Transformer, batch: TokenBatch) -> tuple[Tensor, Tensor, Metrics]:
+    """`next_token`, which also tells how much of the rows is used: the share of positions with a target."""
+    loss, count, metrics = next_token(model, batch)
+    return loss, count, {**metrics, "row_fill": (count, torch.tensor(batch.labels.numel()))}
+
+
+def document_encoder(tokenizer: Tokenizer) -> Callable[[Sequence[Sample]], list[list[int]]]:
+    """Samples to tokens: begin of text, the text, end of text; or a dialog in the chat format."""
+
+    def encode(samples: Sequence[Sample]) -> list[list[int]]:
+        texts = [i for i, sample in enumerate(samples) if "txt" in sample.members]
+        encoded = tokenizer.encode_batch([samples[i].text("txt") for i in texts], bos=True)
+        as_text = {i: [*tokens, tokenizer.eos_id] for i, tokens in zip(texts, encoded, strict=True)}
+        return [
+            as_text[i] if i in as_text else encode_dialog(dialog_sample(sample, ()), tokenizer).tokens
+            for i, sample in enumerate(samples)
+        ]
+
+    return encode
 
 
 def prepare_tokenizer(recipe: PretrainRecipe) -> Tokenizer:

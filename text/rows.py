@@ -46,6 +46,11 @@ class TokenBatch:
         documents = None if self.documents is None else self.documents.to(device)
         return TokenBatch(self.tokens.to(device), self.labels.to(device), documents)
 
+    def slice(self, start: int, stop: int) -> TokenBatch:
+        """Rows start to stop - 1."""
+        documents = None if self.documents is None else self.documents[start:stop]
+        return TokenBatch(self.tokens[start:stop], self.labels[start:stop], documents)
+
 
 def pack_documents(documents: Sequence[Document], pad_id: int, length: int) -> TokenBatch:
     """Documents to as few rows of `length` positions as they fit into.

@@ -3,6 +3,7 @@
 from . import parallel
 from .checkpoint import CheckpointError, latest_complete
 from .config import (
+    BatchChange,
     FreezeRule,
     GroupRule,
     OptimizerConfig,
@@ -23,6 +24,7 @@ from .state import load_weights, seed_everything
 from .trainer import LoaderExhaustedError, train
 
 __all__ = [
+    "BatchChange",
     "CheckpointError",
     "FreezeRow",
     "FreezeRule",

@@ -125,6 +125,24 @@ class FreezeRule:
 
 
 @dataclass(kw_only=True)
+class BatchChange:
+    """Another batch size from an update on.
+
+    Args:
+        from_step: the first update with it.
+        batch_size, accumulate: as in `TrainerConfig`.
+    """
+
+    from_step: int
+    batch_size: int
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("from_step", "batch_size", "accumulate"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+
+
+@dataclass(kw_only=True)
 class TrainerConfig:
     """How long and in which pieces a stage trains.
 
@@ -133,6 +151,7 @@ class TrainerConfig:
         batch_size: samples of one update, over all processes and micro-batches, so that the same recipe
             gives the same updates on any layout. Build the loader with `micro_batch_size(world_size)`.
         accumulate: micro-batches of one update on each process.
+        ramp: changes of the two, in the order of their updates. The loader must give what `batch_at` says.
         precision: of the forward pass; "bfloat16" is autocast, with float32 parameters and gradients.
         seed: of dropout and of anything else random while training.
         checkpoint_every: updates between checkpoints; there is always one at the end.
@@ -146,6 +165,7 @@ class TrainerConfig:
     steps: int
     batch_size: int
     accumulate: int = 1
+    ramp: list[BatchChange] = field(default_factory=list)
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     checkpoint_every: int = 1000
@@ -158,21 +178,32 @@ class TrainerConfig:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require((self.evaluate_every or 1) >= 1, "evaluate_every", "at least 1", self.evaluate_every)
+        starts = [change.from_step for change in self.ramp]
+        _require(starts == sorted(set(starts)), "ramp", "in ascending order of from_step", starts)
         self.micro_batch_size(1)
 
-    def micro_batch_size(self, world_size: int) -> int:
-        """Samples of one micro-batch on one of `world_size` processes: the loader's batch size.
+    def batch_at(self, step: int) -> tuple[int, int]:
+        """(batch_size, accumulate) of update `step`, where 0 is the first."""
+        size, accumulate = self.batch_size, self.accumulate
+        for change in self.ramp:
+            if change.from_step <= step:
+                size, accumulate = change.batch_size, change.accumulate
+        return size, accumulate
+
+    def micro_batch_size(self, world_size: int, step: int = 0) -> int:
+        """Samples of one micro-batch of update `step` on one of `world_size` processes: the loader's batch size.
 
         Raises:
-            ValueError: batch_size does not divide evenly.
+            ValueError: a batch size, this or a later one, does not divide evenly.
         """
-        pieces = self.accumulate * world_size
-        if self.batch_size % pieces:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of accumulate x processes = "
-                f"{self.accumulate} x {world_size}"
-            )
-        return self.batch_size // pieces
+        for at in (0, *(change.from_step for change in self.ramp)):
+            size, accumulate = self.batch_at(at)
+            if size % (accumulate * world_size):
+                raise ValueError(
+                    f"batch_size {size} must be a multiple of accumulate x processes = {accumulate} x {world_size}"
+                )
+        size, accumulate = self.batch_at(step)
+        return size // (accumulate * world_size)
 
 
 def load_recipe(path: str | Path, recipe_class: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:

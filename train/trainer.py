@@ -68,7 +68,7 @@ def train(
         model: on the device to train on; what is to be trained is float32 (or float64), what is frozen may be
             of any precision. On resume, frozen parameters must be those of the first start. Afterwards it has
             the modes and the requires_grad that it had before.
-        loader: micro-batches of `trainer.micro_batch_size(parallel.world_size())` samples.
+        loader: micro-batches of `trainer.micro_batch_size(parallel.world_size(), step)` samples.
         freeze: see `freezing.plan`; parameters that no rule names keep their requires_grad.
         run_dir: holds everything about the run; the same one resumes it.
         resolved_recipe: JSON values, recorded and compared on resume beside the configs given here.
@@ -214,7 +214,8 @@ class _Run:
         """One update of the weights; returns whether any process was told to terminate."""
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, targets, wishes to stop
         metrics = []
-        for _ in range(self.config.accumulate):
+        batch_size, accumulate = self.config.batch_at(self.step)
+        for _ in range(accumulate):
             batch = move(next(batches), self.device)
             with self.autocast:
                 loss, count, measured = self.objective(self.model, batch)
@@ -240,7 +241,7 @@ class _Run:
                 nn.utils.clip_grads_with_norm_(touched, self.optimizer_config.clip_norm, norm, foreach=True)
             set_learning_rate(self.optimizer, self.lr)
             self.optimizer.step()
-            self.meters.update(loss_sum, targets, self.config.batch_size, metrics)
+            self.meters.update(loss_sum, targets, batch_size, metrics)
         else:
             self.progress.say(f"{self.description}: {objection}")
         self.optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from herdkit.train import (
+    BatchChange,
     FreezeRule,
     GroupRule,
     LoaderExhaustedError,
@@ -104,6 +105,17 @@ def test_updates_are_those_of_a_hand_written_loop_bit_for_bit(toys, run):
     assert result["last"]["grad_norm"] == norms[-1]
     for (name, found), wanted in zip(ours.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(found, wanted), name
+
+
+def test_a_ramp_changes_the_batch_size_at_its_update(toys, run):
+    # The toys' loader gives micro-batches of one size: 2 x 4, then 4 x 4.
+    ramp = [BatchChange(from_step=3, batch_size=16, accumulate=4)]
+    _, result, _ = run(steps=5, trainer={"accumulate": 2, "ramp": ramp})
+    assert result["samples"] == 3 * 8 + 2 * 16
+    with pytest.raises(ValueError, match="batch_size 9 must be a multiple of accumulate x processes = 2 x 1"):
+        run(name="odd", trainer={"ramp": [BatchChange(from_step=3, batch_size=9, accumulate=2)]})
+    with pytest.raises(ValueError, match="ramp must be in ascending order of from_step"):
+        run(name="order", trainer={"ramp": [ramp[0], ramp[0]]})
 
 
 def test_untouched_parameters_are_neither_moved_nor_decayed(toys, run):
