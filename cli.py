@@ -70,6 +70,21 @@ def build_parser() -> argparse.ArgumentParser:
     train_parser.add_argument("--run-dir", type=Path, required=True, help="holds everything about the run")
     train_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
 
+    plan_parser = command(
+        "plan",
+        plan,
+        "Say what a recipe costs before it is run: updates, tokens, operations, memory, days.",
+        "herdkit plan text/recipes/pretrain_405b.yaml --devices 16384 --data-parallel 128 --mfu 0.41",
+    )
+    plan_parser.add_argument("recipe", type=Path)
+    plan_parser.add_argument("--devices", type=int, default=1, help="(%(default)s)")
+    plan_parser.add_argument("--data-parallel", type=int, help="groups of devices with rows of their own (all)")
+    plan_parser.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="of a device, dense (%(default)s: H100, bfloat16)"
+    )
+    plan_parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    plan_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
+
     chat_parser = command(
         "chat",
         chat,
@@ -109,6 +124,27 @@ def train(options: argparse.Namespace) -> None:
         result = stage.run(recipe, options.run_dir)
         if rank() == 0:
             print(json.dumps(result))
+
+
+def plan(options: argparse.Namespace) -> None:
+    from .train.config import load_recipe
+    from .train.plan import Hardware, as_text
+    from .train.recipe import find_stage, read_stage_name
+
+    name = read_stage_name(options.recipe)
+    stage = find_stage(name)
+    if stage.plan is None:
+        raise ValueError(f"{options.recipe}: nobody has said yet what the stage {name!r} costs")
+    recipe = load_recipe(options.recipe, stage.recipe, options.overrides)
+    hardware = Hardware(
+        devices=options.devices,
+        data_parallel=options.data_parallel,
+        peak_flops=options.peak_tflops * 1e12,
+        mfu=options.mfu,
+    )
+    made = stage.plan(recipe, hardware)
+    print(as_text(made, hardware))
+    print(json.dumps(made))
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from .held_out import HeldOutConfig, held_out_loss
 from .model import Transformer, TransformerConfig
 from .model_directory import save_text
 from .objective import Metrics, next_token
+from .plan import plan_pretraining
 from .row_loader import Phase, RowLoader, plan_phases, with_ramp
 from .rows import TokenBatch
 from .tokenizer import Tokenizer
@@ -122,4 +123,4 @@ def _plain_text(sample: Sample) -> str:
     return "\n\n".join(message.text for message in dialog_sample(sample, ()))
 
 
-STAGE = Stage(PretrainRecipe, run)
+STAGE = Stage(PretrainRecipe, run, plan_pretraining)

@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import FreezeRule, OptimizerConfig, RecipeError, ScheduleConfig, TrainerConfig, as_dict
 from .objective import Loader, Objective
+from .plan import Hardware
 from .trainer import Evaluate, train
 
 GROUP = "herdkit.stages"
@@ -70,10 +71,12 @@ class Stage:
         recipe: the dataclass that its recipes are read into.
         run: called as `run(recipe, run_dir)`; trains, writes what it made into `run_dir`, and returns the
             trainer's result.
+        plan: called as `plan(recipe, hardware)`; what the recipe costs there, as plain JSON values. None: nobody knows.
     """
 
     recipe: type[StageRecipe]
     run: Callable[[Any, Path], dict[str, Any]]
+    plan: Callable[[Any, Hardware], dict[str, Any]] | None = None
 
 
 def find_stage(name: str) -> Stage:

@@ -1,0 +1,104 @@
+"""What a pre-training recipe will cost, before anything is rented: steps, tokens, operations, memory, days."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..train.plan import Hardware
+from .loss import CHUNK_BYTES
+from .model import Transformer, TransformerConfig
+from .row_loader import plan_phases
+
+if TYPE_CHECKING:
+    from .pretrain import PretrainRecipe
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Updates of one row length and batch size. FLOPs are those of training: three times the forward pass."""
+
+    from_step: int
+    steps: int
+    row_length: int
+    batch_size: int
+    tokens: int
+    flops: float
+
+
+def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware) -> dict[str, Any]:
+    """The cost of a pre-training recipe on some devices, with weights, gradients and moments sharded over all.
+
+    FLOPs count each multiply-add as two, attention at half the row (causal, as if no row were packed), and no
+    recomputation. Memory is an estimate: weights, gradients and moments in float32, the largest layer gathered in the
+    precision of training (on one device a copy of all weights, where that is not float32), and the activations of one
+    micro-batch (see `activation_bytes`), shared evenly in its group of devices, without what the libraries and the
+    allocator take for themselves.
+
+    Returns: plain JSON values: "parameters" by kind, "phases", "steps", "tokens", "flops", "days", and "memory_bytes"
+        for one device, by what takes it.
+
+    Raises:
+        ValueError: see `plan_phases`; a batch that does not divide among the groups of devices.
+    """
+    phases = plan_phases(recipe.phases, recipe.trainer, recipe.data)
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+    table = model.parameter_table()
+    ends = [*(phase.from_step for phase in phases[1:]), recipe.trainer.steps]
+    costs = []
+    for phase, end in zip(phases, ends, strict=True):
+        steps = max(0, min(end, recipe.trainer.steps) - phase.from_step)
+        tokens = steps * phase.tokens_per_step
+        flops = 3.0 * tokens * model.flops_per_token(phase.row_length / 2)
+        costs.append(PhaseCost(phase.from_step, steps, phase.row_length, phase.batch_size, tokens, flops))
+    for phase in phases:
+        if phase.batch_size % (phase.accumulate * hardware.groups):
+            raise ValueError(
+                f"batch_size {phase.batch_size} must be a multiple of accumulate x data_parallel = "
+                f"{phase.accumulate} x {hardware.groups}"
+            )
+    flops = sum(cost.flops for cost in costs)
+    width = 2 if recipe.trainer.precision == "bfloat16" else 4
+    rows = [phase.batch_size // (phase.accumulate * hardware.groups) * phase.row_length for phase in phases]
+    micro = max(rows) * hardware.groups / hardware.devices
+    layer = (table["attention"] + table["feed_forward"]) // recipe.model.n_layers
+    sharded = table["total"] / hardware.devices
+    working = table["total"] if width < 4 else 0
+    memory = {
+        "weights": 4 * sharded,
+        "gradients": 4 * sharded,
+        "moments": 8 * sharded,
+        "working_copy": width * (max(layer, table["embeddings"]) if hardware.devices > 1 else working),
+        "activations": micro * activation_bytes(recipe.model, width),
+        "logits": 2 * min(CHUNK_BYTES, 4 * micro * recipe.model.vocab_size),
+    }
+    memory["total"] = sum(memory.values())
+    return {
+        "parameters": table,
+        "phases": [asdict(cost) for cost in costs],
+        "steps": recipe.trainer.steps,
+        "tokens": sum(cost.tokens for cost in costs),
+        "flops": flops,
+        "days": hardware.days(flops),
+        "memory_bytes": {name: round(value) for name, value in memory.items()},
+    }
+
+
+def activation_bytes(config: TransformerConfig, width: int) -> int:
+    """Bytes that one position leaves for the backward pass, without recomputation.
+
+    Of every layer: the residual stream before each of the two norms, in float32, and what the norms make of it; queries
+    and keys after rotation, values, what attention gives, twice (the kernel's layout and the projection's); the three
+    products inside the feed-forward and the gate.
+
+    Args:
+        width: bytes of a number in the precision of training.
+    """
+    kv = config.n_kv_heads * config.head_dim
+    stream = 2 * (4 + width) * config.dim
+    attention = width * (3 * config.dim + 2 * kv)
+    feed_forward = 4 * width * config.ffn_dim
+    return config.n_layers * (stream + attention + feed_forward) + (4 + width) * config.dim
