@@ -70,6 +70,18 @@ def build_parser() -> argparse.ArgumentParser:
     train_parser.add_argument("--run-dir", type=Path, required=True, help="holds everything about the run")
     train_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
 
+    probe_parser = command(
+        "probe",
+        probe,
+        "Say what a new data set is worth, by annealing a model with it and without it.",
+        "herdkit probe text/recipes/tiny_anneal.yaml --new 'data/new/*.tar' --run-dir runs/probe",
+    )
+    probe_parser.add_argument("recipe", type=Path, help="of an annealing, with what is held out")
+    probe_parser.add_argument("--new", required=True, metavar="SHARDS", help="the new data")
+    probe_parser.add_argument("--share", type=float, default=0.3, help="of the new data (%(default)s)")
+    probe_parser.add_argument("--run-dir", type=Path, required=True, help="holds both runs; the same one resumes them")
+    probe_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
+
     plan_parser = command(
         "plan",
         plan,
@@ -123,6 +135,24 @@ def train(options: argparse.Namespace) -> None:
     with process_group():
         result = stage.run(recipe, options.run_dir)
         if rank() == 0:
+            print(json.dumps(result))
+
+
+def probe(options: argparse.Namespace) -> None:
+    from .data.sources import SourceConfig
+    from .text.anneal import AnnealRecipe, probe
+    from .train.config import load_recipe
+    from .train.parallel import process_group, rank
+
+    recipe = load_recipe(options.recipe, AnnealRecipe, options.overrides)
+    with process_group():
+        result = probe(recipe, SourceConfig(shards=options.new), options.run_dir, options.share)
+        if rank() == 0:
+            for name, found in result["gains"].items():
+                print(
+                    f"{name}: loss {found['without']:.4f} without, gain {found['gain']:.4f} ± {found['interval']:.4f} "
+                    f"nats per token over {found['documents']} documents"
+                )
             print(json.dumps(result))
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..data.shards import Sample, ShardReader
+from ..data.packing import pack
+from ..data.shards import ShardReader
 from ..data.sources import SourceConfig, source_names
 from ..train.objective import move
+from .loss import token_losses
 from .model import Transformer
-from .objective import next_token
-from .rows import Document, TokenBatch, pack_documents
+from .row_loader import Encode
+from .rows import IGNORE, Document, TokenBatch, lay_out
 
 
 @dataclass(kw_only=True)
@@ -21,7 +23,7 @@ class HeldOutConfig:
     Args:
         sources: each is measured on its own; `weight` has no meaning here.
         samples: of each source at most, its first.
-        row_length: tokens of a row; None: that of training.
+        row_length: tokens of a row; None: that of training. Longer documents are cut.
         batch_size: rows at a time.
     """
 
@@ -31,36 +33,59 @@ class HeldOutConfig:
     batch_size: int = 8
 
 
-def held_out_loss(
-    config: HeldOutConfig, encode: Callable[[Sequence[Sample]], list[list[int]]], pad_id: int, row_length: int
-) -> Callable[[Transformer, int], dict[str, float]]:
-    """The evaluation hook of a stage: mean cross-entropy per token of each source, in nats, as "<source>_loss".
+class HeldOut:
+    """Documents of held-out sources, ready to be measured; called as the evaluation hook of a stage it gives the mean
+    cross-entropy per token of each source, in nats, as "<source>_loss".
 
     Args:
-        encode: samples to token ids, one list for each; what is longer than a row is cut.
+        encode: samples to token ids, one list for each.
+        pad_id: token of the padding.
+        row_length: where the config has none.
     """
-    length = config.row_length or row_length
-    batches: dict[str, list[TokenBatch]] = {}
-    for name, source in zip(source_names(config.sources), config.sources, strict=True):
-        reader = ShardReader(source.shards)
-        samples = [reader[i] for i in range(min(config.samples, len(reader)))]
-        documents = [
-            Document(tokens[at : at + length], [True] * len(tokens[at : at + length]))
-            for tokens in encode(samples)
-            for at in range(0, len(tokens), length)
-        ]
-        rows = pack_documents(documents, pad_id, length)
-        batches[name] = [rows.slice(at, at + config.batch_size) for at in range(0, len(rows.tokens), config.batch_size)]
 
-    def evaluate(model: Transformer, step: int) -> dict[str, float]:
-        device = model.tok_embeddings.weight.device
+    def __init__(self, config: HeldOutConfig, encode: Encode, pad_id: int, row_length: int):
+        length = config.row_length or row_length
+        self._counts: dict[str, int] = {}
+        self._batches: dict[str, list[tuple[TokenBatch, Tensor]]] = {}
+        for name, source in zip(source_names(config.sources), config.sources, strict=True):
+            reader = ShardReader(source.shards)
+            pieces, owners = [], []
+            for owner, tokens in enumerate(encode([reader[i] for i in range(min(config.samples, len(reader)))])):
+                for start in range(0, len(tokens), length):
+                    piece = tokens[start : start + length]
+                    pieces.append(Document(piece, [True] * len(piece)))
+                    owners.append(owner)
+            self._counts[name] = owners[-1] + 1
+            rows = pack([len(piece.tokens) for piece in pieces], length)
+            self._batches[name] = []
+            for start in range(0, len(rows), config.batch_size):
+                part = rows[start : start + config.batch_size]
+                batch = lay_out([[pieces[i] for i in row] for row in part], pad_id, length)
+                owner = torch.full_like(batch.labels, -1)
+                for i, row in enumerate(part):
+                    of_row = [torch.full((len(pieces[j].tokens),), owners[j]) for j in row]
+                    owner[i, : sum(map(len, of_row))] = torch.cat(of_row)
+                self._batches[name].append((batch, owner))
+
+    def __call__(self, model: Transformer, step: int) -> dict[str, float]:
         losses = {}
-        for name, parts in batches.items():
-            sums = torch.zeros(2, dtype=torch.float64)
-            for part in parts:
-                loss, count, _ = next_token(model, move(part, device))
-                sums += torch.stack([loss.double().cpu(), count.double().cpu()])
-            losses[f"{name}_loss"] = (sums[0] / sums[1]).item()
+        for name, sums in self.document_losses(model).items():
+            loss, count = sums.sum(0).tolist()
+            losses[f"{name}_loss"] = loss / count
         return losses
 
-    return evaluate
+    @torch.no_grad()
+    def document_losses(self, model: Transformer) -> dict[str, Tensor]:
+        """For each source (documents, 2) float64: the summed loss of every document and its number of targets."""
+        device = model.tok_embeddings.weight.device
+        found = {}
+        for name, batches in self._batches.items():
+            sums = torch.zeros(self._counts[name], 2, dtype=torch.float64)
+            for batch, owner in batches:
+                here = move(batch, device)
+                counted = here.labels != IGNORE
+                hidden = model.hidden(here.tokens, documents=here.documents)[counted]
+                losses = token_losses(hidden, model.output_weight, here.labels[counted]).cpu().double()
+                sums.index_add_(0, owner[batch.labels != IGNORE], torch.stack([losses, torch.ones_like(losses)], 1))
+            found[name] = sums
+        return found

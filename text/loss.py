@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 CHUNK_BYTES = 1 << 28
 """Memory of the float32 logits of one chunk. Each chunk reads the weight twice and its gradient once: fewer than about
@@ -37,6 +38,15 @@ def linear_cross_entropy(
     """
     loss, right = _LinearCrossEntropy.apply(hidden, weight, targets, chunk_bytes)  # type: ignore[misc]
     return loss, right
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """The cross-entropy of each target, (N,) float32; arguments as for `linear_cross_entropy`. Without gradients."""
+    rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    losses = [F.cross_entropy((chunk @ weight.T).float(), target, reduction="none") for chunk, target in chunks]
+    return torch.cat(losses) if losses else hidden.new_zeros(0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -63,14 +63,14 @@ def save(run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: dict[st
     temporary.rename(final)
     sync(parent)
     # A later step that is still there is damaged, or the run would have gone on from it: it does not count.
-    for path in [path for path in _all(run_dir) if step_of(path) <= step][keep:]:
+    for path in [path for path in list_checkpoints(run_dir) if step_of(path) <= step][keep:]:
         _delete(path)
     return final
 
 
 def latest_complete(run_dir: Path, report: Callable[[str], None] = print) -> Path | None:
     """The newest whole checkpoint of a run, or None; reports a line on each newer one that is not whole."""
-    for path in _all(run_dir):
+    for path in list_checkpoints(run_dir):
         damage = find_damage(path)
         if damage is None:
             return path
@@ -139,7 +139,7 @@ def remove_unfinished(run_dir: Path, report: Callable[[str], None] = print) -> N
         shutil.rmtree(path)
 
 
-def _all(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint directories, newest first, whole or not."""
     paths = (run_dir / "checkpoints").glob("step-*")
     return sorted((path for path in paths if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of, reverse=True)

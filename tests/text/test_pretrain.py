@@ -10,8 +10,9 @@ from herdkit.data.sources import DataConfig, SourceConfig
 from herdkit.text.held_out import HeldOutConfig
 from herdkit.text.model import TransformerConfig
 from herdkit.text.model_directory import load_text
-from herdkit.text.pretrain import PretrainRecipe, document_encoder, run
+from herdkit.text.pretrain import PretrainRecipe, run
 from herdkit.text.row_loader import Phase
+from herdkit.text.row_stage import document_encoder
 from herdkit.train import OptimizerConfig, ScheduleConfig, TrainerConfig
 
 
