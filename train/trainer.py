@@ -41,7 +41,7 @@ from .state import (
     seed_everything,
 )
 
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
+Evaluate = Callable[[Any, int], dict[str, float]]
 
 
 class LoaderExhaustedError(RuntimeError):
