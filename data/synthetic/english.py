@@ -41,6 +41,11 @@ def english_documents(max_bytes: int) -> list[str]:
     return documents
 
 
+def is_held_out(index: int) -> bool:
+    """Whether a document of `english_documents`, by its place, is for tests: every fiftieth."""
+    return index % 50 == 25
+
+
 def _sources() -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
     topics = ast.parse((library / "pydoc_data" / "topics.py").read_text(encoding="utf-8"))

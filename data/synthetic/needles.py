@@ -5,7 +5,7 @@ For long-context training a document hides several and asks for each; a test hid
 
     python -m herdkit.data.synthetic.needles runs/tiny-herd/data/text_haystacks
 
-writes documents of 50 to 700 words of the English that a Python installation holds, in place of what is there.
+writes documents of 50 to 450 words of the English that a Python installation holds, in place of what is there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 from ..shards import ShardWriter
-from .english import english_documents
+from .english import english_documents, is_held_out
 from .texts import spoken_vocabulary
 
 
@@ -80,5 +80,5 @@ def write_haystacks(
 
 
 if __name__ == "__main__":
-    # The documents that the demo's English comes from, less those that it holds out (the last of them).
-    write_haystacks(sys.argv[1], english_documents(1_500_000), 6000, (50, 700))
+    training = [text for i, text in enumerate(english_documents(2_500_000)) if not is_held_out(i)]
+    write_haystacks(sys.argv[1], training, 6000, (50, 450))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from . import clips, drawing, encoding, scenes, speech, texts
+from .english import is_held_out
 from .espeak import Espeak
 from .facts import facts
 from .words import Question
@@ -60,10 +61,10 @@ def _of(question: Question) -> dict[str, Any]:
 
 
 def english(sets: Sequence[str], seed: int, start: int, stop: int) -> list[Made]:
-    """Every fiftieth document is held out. `stop` is the number of bytes; the seed plays no part."""
+    """`stop` is the number of bytes; the seed plays no part."""
     train, new = sets
     documents = texts.english_documents(stop)
-    return [(new if i % 50 == 25 else train, f"{i:06d}", {"txt": text}) for i, text in enumerate(documents)]
+    return [(new if is_held_out(i) else train, f"{i:06d}", {"txt": text}) for i, text in enumerate(documents)]
 
 
 def recitations(sets: Sequence[str], seed: int, start: int, stop: int) -> list[Made]:
