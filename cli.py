@@ -112,6 +112,20 @@ def build_parser() -> argparse.ArgumentParser:
     chat_parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     chat_parser.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
     chat_parser.add_argument("--seed", type=int, default=None, help="of sampling")
+
+    convert_parser = command(
+        "convert",
+        convert,
+        "Write a language model in another layout. It is loaded from any: ours, Hugging Face's, Meta's.",
+        "herdkit convert runs/sft/model llama-hf --layout huggingface",
+    )
+    convert_parser.add_argument("source", type=Path, help="model directory")
+    convert_parser.add_argument("target", type=Path, help="new directory")
+    convert_parser.add_argument("--layout", choices=("herdkit", "huggingface", "meta"), required=True)
+    dtypes = ("float32", "bfloat16", "float16")
+    convert_parser.add_argument("--dtype", choices=dtypes, help="of the weights (that of the files)")
+    convert_parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="huggingface (%(default)s)")
+    convert_parser.add_argument("--model-parallel", type=int, default=1, help="meta: number of files (%(default)s)")
     return parser
 
 
@@ -175,6 +189,18 @@ def plan(options: argparse.Namespace) -> None:
     made = stage.plan(recipe, hardware)
     print(as_text(made, hardware))
     print(json.dumps(made))
+
+
+def convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from .adapters.model_directory import load, save
+
+    if options.target.exists():
+        raise FileExistsError(f"{options.target} exists; choose another path")
+    model = load(options.source, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    settings = {name: getattr(options, name) for name in ("layout", "max_shard_bytes", "model_parallel")}
+    print(json.dumps({"model": str(save(model, options.target, **settings)), "layout": options.layout}))
 
 
 def chat(options: argparse.Namespace) -> None:

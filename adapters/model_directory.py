@@ -7,16 +7,21 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..text.model_directory import (
+    LAYOUTS,
+    Layout,
     ModelDirectoryError,
     dataclass_from_dict,
+    find_layout,
+    load_model,
     load_part,
-    load_text,
     read_config,
     save_part,
+    save_text,
     write_config,
     writing,
 )
@@ -24,13 +29,39 @@ from .compose import ComposedModel
 from .registry import adapter_class
 
 
-def save(model: ComposedModel, path: str | os.PathLike) -> Path:
+def save(
+    model: ComposedModel,
+    path: str | os.PathLike,
+    layout: Layout = "herdkit",
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    model_parallel: int = 1,
+) -> Path:
     """Writes a model directory, whole or not at all.
 
+    Args:
+        layout: ours, or one of those for language models alone, "huggingface" and "meta".
+        max_shard_bytes, model_parallel: of those, see `herdkit.text.model_directory.save_text`.
+
     Raises:
-        ValueError: the model has no tokenizer.
+        ValueError: an unknown layout, or one that has no place for this model; or our layout, and the model has no
+            tokenizer.
         FileExistsError: `path` exists and is no model directory, which is never overwritten.
     """
+    if layout not in LAYOUTS[:1]:
+        if model.modalities:
+            raise ValueError(
+                f"layout {layout!r} holds language models alone, and this model has the adapters "
+                f"{', '.join(model.modalities)}; detach them, or save compose(model.text, model.tokenizer)"
+            )
+        return save_text(
+            model.text,
+            model.tokenizer,
+            path,
+            layout,
+            max_shard_bytes=max_shard_bytes,
+            model_parallel=model_parallel,
+        )
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; give one to compose(..., tokenizer=...) before saving")
     with writing(path) as fresh:
@@ -44,20 +75,23 @@ def save(model: ComposedModel, path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def load(path: str | os.PathLike, adapters: Sequence[str] | None = None) -> ComposedModel:
+def load(
+    path: str | os.PathLike, adapters: Sequence[str] | None = None, *, dtype: torch.dtype | None = None
+) -> ComposedModel:
     """The model of a directory, in eval mode on the CPU.
 
     Args:
-        path: a directory that `save` wrote.
+        path: a directory that `save` wrote, a Llama 3 of Hugging Face's, or one of Meta's (see
+            `herdkit.text.model_directory.load_model`).
         adapters: the modalities to attach; all by default.
+        dtype: of the parameters; None for that of the language model's files.
 
     Raises:
         ModelDirectoryError: no such directory, an unreadable or unknown file, an adapter nobody registered,
             tensors that are missing, surplus, ill-shaped or not finite.
     """
     path = Path(path)
-    text, tokenizer = load_text(path)
-    model = ComposedModel(text, tokenizer)
+    model = ComposedModel(*load_model(path, dtype))
     _attach(model, path, adapters)
     return model.eval()
 
@@ -74,22 +108,22 @@ def attach_adapters(model: ComposedModel, path: str | os.PathLike, adapters: Seq
         ModelDirectoryError: as `load`, and where the language models differ or nothing is left to attach.
     """
     path = Path(path)
-    other, _ = load_text(path)
+    other, _ = load_model(path)
     ours, theirs = model.text.state_dict(), other.state_dict()
     if model.text.config != other.config or not all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours):
         raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
     if adapters is None:
-        adapters = [name for name in read_config(path)["adapters"] if name not in model.adapters]
+        adapters = [name for name in _adapter_configs(path) if name not in model.adapters]
     if not adapters:
         raise ModelDirectoryError(f"{path} has no adapter that this model has not; it has {list(model.adapters)}")
     _attach(model, path, adapters)
 
 
 def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) -> None:
-    config = read_config(path)
-    if missing := set(adapters or ()) - set(config["adapters"]):
-        raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {list(config['adapters'])}")
-    for name, entry in config["adapters"].items():
+    configs = _adapter_configs(path)
+    if missing := set(adapters or ()) - set(configs):
+        raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {list(configs)}")
+    for name, entry in configs.items():
         if adapters is not None and name not in adapters:
             continue
         try:
@@ -99,4 +133,9 @@ def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) ->
         except (LookupError, ValueError) as error:
             raise ModelDirectoryError(f"{path / 'config.json'}: adapter {name!r}: {error}") from error
         load_part(adapter, path / f"{name}.safetensors")
-        model.attach(adapter.to(model.text.tok_embeddings.weight.device).train(model.training))
+        model.attach(adapter.to(model.text.tok_embeddings.weight).train(model.training))
+
+
+def _adapter_configs(path: Path) -> dict[str, Any]:
+    """The adapters of a directory by modality; the layouts of others have none."""
+    return read_config(path)["adapters"] if find_layout(path)[0] == "herdkit" else {}

@@ -6,18 +6,28 @@
 
 A media part holds its medium under the name of its own type. In a stored sample that is the extension of
 another member of the same sample ("png"); in a chat it is whatever the media decoders accept (a path, bytes).
-Roles are those of Llama 3 (section 4.1.1 of the paper): `ipython` marks what a tool returned.
+
+Roles are those of Llama 3 (section 4.1.1 of the paper): `ipython`, or `tool`, marks what a tool returned. A call of
+a tool is part of an assistant message, in the form that is customary elsewhere; such a message needs no content:
+
+    {"role": "assistant", "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}
+
+`"end": "eom"` in an assistant message says that a tool's result or another message of the same turn comes next,
+`"end": "eot"` that the turn is over; by default see `herdkit.text.dialog`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .shards import Sample
 
 ROLES = ("system", "user", "assistant", "ipython")
+ENDS = ("eom", "eot")
 MEDIA_TYPES = ("image", "video", "audio")
 
 
@@ -35,11 +45,26 @@ class Part:
 
 
 @dataclass
+class ToolCall:
+    """What a tool is called for: its name, and its arguments by name, as JSON has them."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass
 class Message:
-    """One turn of a dialog: who speaks, and the parts in the order in which they stand in the text."""
+    """One message of a dialog: who speaks, and the parts in the order in which they stand in the text.
+
+    Args:
+        tool_call: that ends an assistant message.
+        end: how an assistant message ends, "eom" or "eot"; None for the default of the chat format.
+    """
 
     role: str
     parts: list[Part]
+    tool_call: ToolCall | None = None
+    end: Literal["eom", "eot"] | None = None
 
     @property
     def text(self) -> str:
@@ -103,22 +128,73 @@ def dialog_sample(sample: Sample, media_types: Collection[str] = MEDIA_TYPES) ->
     return dialog
 
 
+_OPTIONAL = {"assistant": ("tool_calls", "end"), "ipython": ("tool_call_id", "name")}
+"""Fields beside role and content. The two of a tool's result are customary, and not part of Llama's format: the
+result belongs to the call before it."""
+
+
 def _message(item: Any, where: str, media_types: Collection[str]) -> Message:
     if isinstance(item, Message):
-        item = {"role": item.role, "content": item.parts}
+        known = item
+        item = {"role": known.role, "content": known.parts}
+        if known.tool_call is not None:
+            item["tool_calls"] = [known.tool_call]
+        if known.end is not None:
+            item["end"] = known.end
     if not isinstance(item, dict):
         raise DialogError(f"{where} must be an object with role and content, not {_kind(item)}")
-    _check_fields(item, ("role", "content"), where)
-    role, content = item["role"], item["content"]
+    calls = item.get("tool_calls")
+    if calls and item.get("content") in (None, []):
+        item = {**item, "content": ""}
+    role = "ipython" if item.get("role") == "tool" else item.get("role")
+    optional = _OPTIONAL.get(role, ()) if isinstance(role, str) else ()
+    _check_fields(item, ("role", "content"), where, optional)
     if not isinstance(role, str) or role not in ROLES:
         raise DialogError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}")
+    message = Message(role, _parts(item["content"], f"{where}.content", media_types))
+    if calls not in (None, []):
+        message.tool_call = _tool_call(calls, f"{where}.tool_calls")
+    if (end := item.get("end")) is not None:
+        if end not in ENDS:
+            raise DialogError(f"{where}.end must be one of {', '.join(ENDS)}, not {end!r}")
+        message.end = end
+    return message
+
+
+def _parts(content: Any, where: str, media_types: Collection[str]) -> list[Part]:
     if isinstance(content, str):
-        return Message(role, [Part("text", text=content)])
+        return [Part("text", text=content)]
     if not isinstance(content, list):
-        raise DialogError(f"{where}.content must be a string or a list of parts, not {_kind(content)}")
+        raise DialogError(f"{where} must be a string or a list of parts, not {_kind(content)}")
     if not content:
-        raise DialogError(f"{where}.content is empty; write an empty string for a message without text")
-    return Message(role, [_part(item, f"{where}.content[{n}]", media_types) for n, item in enumerate(content)])
+        raise DialogError(f"{where} is empty; write an empty string for a message without text")
+    return [_part(item, f"{where}[{n}]", media_types) for n, item in enumerate(content)]
+
+
+def _tool_call(calls: Any, where: str) -> ToolCall:
+    if not isinstance(calls, list) or len(calls) != 1:
+        raise DialogError(f"{where} must be a list of one call: Llama's format has one in a message")
+    call, where = calls[0], f"{where}[0]"
+    if isinstance(call, ToolCall):
+        call = {"function": {"name": call.name, "arguments": call.arguments}}
+    if not isinstance(call, dict):
+        raise DialogError(f"{where} must be an object with a function, not {_kind(call)}")
+    _check_fields(call, ("function",), where, ("type", "id"))
+    function, where = call["function"], f"{where}.function"
+    if call.get("type", "function") != "function" or not isinstance(function, dict):
+        raise DialogError(f"{where} must be an object, and its type 'function'")
+    _check_fields(function, ("name", "arguments"), where)
+    name, arguments = function["name"], function["arguments"]
+    if not isinstance(name, str) or not name:
+        raise DialogError(f"{where}.name must be the name of a tool, not {name!r}")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise DialogError(f"{where}.arguments is a string, but not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise DialogError(f"{where}.arguments must be an object, not {_kind(arguments)}")
+    return ToolCall(name, arguments)
 
 
 def _part(item: Any, where: str, media_types: Collection[str]) -> Part:
@@ -142,14 +218,15 @@ def _part(item: Any, where: str, media_types: Collection[str]) -> Part:
     return Part(kind, media=value)
 
 
-def _check_fields(item: dict[str, Any], fields: tuple[str, str], where: str) -> None:
+def _check_fields(item: dict[str, Any], fields: Sequence[str], where: str, optional: Sequence[str] = ()) -> None:
     for field in fields:
         if field not in item:
             raise DialogError(f"{where}.{field} is missing; the fields there are {_listed(item)}")
     # A field that nobody reads would be training data that is silently not trained on.
     for field in item:
-        if field not in fields:
-            raise DialogError(f"{where} has an unknown field {field!r}; its fields are {', '.join(fields)}")
+        if field not in fields and field not in optional:
+            names = ", ".join((*fields, *optional))
+            raise DialogError(f"{where} has an unknown field {field!r}; its fields are {names}")
 
 
 def _listed(names: Collection[str]) -> str:

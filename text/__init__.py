@@ -6,10 +6,12 @@ from .interchange import config_from_hf, config_to_hf, from_hf_state_dict, to_hf
 from .model import KVCache, RopeScaling, Transformer, TransformerConfig
 from .presets import ladder, preset
 from .tokenizer import StreamDecoder, Tokenizer
+from .tools import Reply, parse_reply, system_preamble
 
 __all__ = [
     "EncodedDialog",
     "KVCache",
+    "Reply",
     "RopeScaling",
     "StreamDecoder",
     "Tokenizer",
@@ -22,7 +24,9 @@ __all__ = [
     "from_hf_state_dict",
     "generate",
     "ladder",
+    "parse_reply",
     "preset",
     "stream",
+    "system_preamble",
     "to_hf_state_dict",
 ]

@@ -1,12 +1,11 @@
 """The model directory: `config.json`, one safetensors file for each part, `tokenizer.json`. Parts can be
 swapped, shared and downloaded alone. Here is the language model's side; `herdkit.adapters.model_directory`
-adds the adapters."""
+adds the adapters. Language models in the layouts of others are loaded and saved as well."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import tempfile
 import types
@@ -14,53 +13,126 @@ import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .interchange.huggingface import load_huggingface, save_huggingface
+from .interchange.meta import PARAMS, load_meta, save_meta
+from .interchange.tensor_files import ModelDirectoryError, Piece, fill, read_json, save_tensors, write_json
 from .model import Transformer, TransformerConfig
-from .tokenizer import Tokenizer
+from .tokenizer import RANKS_FILE, Tokenizer
 
 FORMAT = "herdkit"
 VERSION = 1
 
+Layout = Literal["herdkit", "huggingface", "meta"]
+LAYOUTS: tuple[Layout, ...] = typing.get_args(Layout)
 
-class ModelDirectoryError(ValueError):
-    """A model directory that cannot be read; the message names the file, the key and what to do."""
 
+def save_text(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    path: str | os.PathLike,
+    layout: Layout = "herdkit",
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    model_parallel: int = 1,
+) -> Path:
+    """Writes a directory of the language model alone, whole or not at all; see `writing`.
 
-def save_text(model: Transformer, tokenizer: Tokenizer, path: str | os.PathLike) -> Path:
-    """Writes a model directory of the language model alone; see `writing`."""
+    Args:
+        layout: ours; "huggingface", for transformers and vLLM; or "meta", as Meta's code reads it.
+        max_shard_bytes: in Hugging Face's layout, the largest file, unless one tensor is larger.
+        model_parallel: in Meta's layout, the number of files.
+
+    Raises:
+        ValueError: an unknown layout, or one that has no place for this model or tokenizer; no tokenizer for ours.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     with writing(path) as fresh:
-        save_part(model, fresh / "text.safetensors")
-        tokenizer.save(fresh / "tokenizer.json")
-        write_config(fresh, {"text": dataclasses.asdict(model.config), "adapters": {}})
+        if layout == "huggingface":
+            save_huggingface(model, tokenizer, fresh, max_shard_bytes)
+        elif layout == "meta":
+            save_meta(model, tokenizer, fresh, model_parallel)
+        elif tokenizer is None:
+            raise ValueError("a herdkit model directory needs a tokenizer")
+        else:
+            save_part(model, fresh / "text.safetensors")
+            tokenizer.save(fresh / "tokenizer.json")
+            write_config(fresh, {"text": dataclasses.asdict(model.config), "adapters": {}})
     return Path(path)
 
 
-def load_text(path: str | os.PathLike) -> tuple[Transformer, Tokenizer]:
-    """The language model and tokenizer of a model directory; its adapters are left alone.
+def load_text(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+    """`load_model`, for those that need a tokenizer.
 
     Raises:
-        ModelDirectoryError: see `read_config` and `load_part`.
+        ModelDirectoryError: as `load_model`, and where there is no tokenizer.
+    """
+    model, tokenizer = load_model(path, dtype)
+    if tokenizer is None:
+        raise ModelDirectoryError(f"{path}: no tokenizer.json and no {RANKS_FILE} in it")
+    return model, tokenizer
+
+
+def load_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer | None]:
+    """The language model of a directory in any of the layouts, in eval mode on the CPU, and its tokenizer; the
+    adapters of ours are left alone. Meta's files may lie in a directory `original` of it.
+
+    Besides the model, no more memory is taken than the largest file has.
+
+    Args:
+        dtype: of the parameters; None for that of the files.
+
+    Raises:
+        ModelDirectoryError: see `read_config`, `load_huggingface`, `load_meta` and `fill`; or the tokenizer is none
+            of Llama 3's, or has more tokens than the model.
     """
     path = Path(path)
-    config = read_config(path)
+    layout, path = find_layout(path)
+    if layout == "huggingface":
+        model = load_huggingface(path, dtype)
+    elif layout == "meta":
+        model = load_meta(path, dtype)
+    else:
+        config = read_config(path)
+        try:
+            with torch.device("meta"):
+                model = Transformer(dataclass_from_dict(TransformerConfig, config["text"], "text."))
+        except ValueError as error:
+            raise ModelDirectoryError(f"{path / 'config.json'}: {error}") from error
+        load_part(model, path / "text.safetensors", dtype)
     try:
-        model = Transformer(dataclass_from_dict(TransformerConfig, config["text"], "text."))
+        tokenizer = Tokenizer.load(path)
+    except FileNotFoundError:
+        return model.eval(), None
     except ValueError as error:
-        raise ModelDirectoryError(f"{path / 'config.json'}: {error}") from error
-    load_part(model, path / "text.safetensors")
-    return model.eval(), load_tokenizer(path)
+        raise ModelDirectoryError(str(error)) from error
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model's vocabulary {model.config.vocab_size}"
+        raise ModelDirectoryError(f"{path}: the tokenizer has {sizes}")
+    return model.eval(), tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    if not (path / "tokenizer.json").is_file():
-        raise ModelDirectoryError(f"{path / 'tokenizer.json'}: missing")
-    return Tokenizer.load(path / "tokenizer.json")
+def find_layout(path: Path) -> tuple[Layout, Path]:
+    """The layout of a directory, and where in it the files are.
+
+    Raises:
+        ModelDirectoryError: no such directory, or it is in none of the layouts.
+    """
+    if not path.is_dir():
+        raise ModelDirectoryError(f"{path}: no such model directory")
+    if (path / "config.json").is_file():
+        # Every Hugging Face model names its type; ours names its format.
+        is_ours = "model_type" not in read_json(path / "config.json")
+        return ("herdkit" if is_ours else "huggingface"), path
+    for place in (path, path / "original"):
+        if (place / PARAMS).is_file():
+            return "meta", place
+    raise ModelDirectoryError(f"{path}: no config.json in it and no {PARAMS}, so this is no model directory")
 
 
 @contextmanager
@@ -71,7 +143,7 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: `path` exists and is no model directory, which is never overwritten.
     """
     path = Path(path)
-    if path.exists() and not (path / "config.json").is_file():
+    if path.exists() and not any((path / name).is_file() for name in ("config.json", PARAMS)):
         raise FileExistsError(f"{path} exists and is no model directory; choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
@@ -84,26 +156,18 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_config(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=2)
-    (path / "config.json").write_text(text + "\n")
+    write_json(path / "config.json", {"format": FORMAT, "version": VERSION, **content})
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The `config.json` of a model directory.
+    """The `config.json` of a model directory of ours.
 
     Raises:
-        ModelDirectoryError: no such directory, or its `config.json` is missing, no JSON, or of another format.
+        ModelDirectoryError: it is missing, no JSON, or of another format.
     """
-    if not path.is_dir():
-        raise ModelDirectoryError(f"{path}: no such model directory")
     file = path / "config.json"
-    if not file.is_file():
-        raise ModelDirectoryError(f"{path}: no config.json in it, so this is no model directory")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelDirectoryError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(file)
+    if config.get("format") != FORMAT:
         raise ModelDirectoryError(f"{file}: not a herdkit model ('format' is not {FORMAT!r})")
     if config.get("version") != VERSION:
         raise ModelDirectoryError(f"{file}: version {config.get('version')}, this herdkit reads {VERSION}")
@@ -115,35 +179,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def save_part(part: nn.Module, file: Path) -> None:
     """One part's parameters and buffers as safetensors; equal weights give equal bytes."""
-    tensors = {name: t.detach().contiguous().cpu() for name, t in part.state_dict().items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+    save_tensors(part.state_dict(), file)
 
 
-def load_part(part: nn.Module, file: Path) -> None:
-    """Loads what `save_part` wrote.
+def load_part(part: nn.Module, file: Path, dtype: torch.dtype | None = None) -> None:
+    """Loads what `save_part` wrote; the part and the dtype as in `herdkit.text.interchange.tensor_files.fill`.
 
     Raises:
         ModelDirectoryError: names the file and every missing, surplus, ill-shaped or non-finite tensor.
     """
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise ModelDirectoryError(f"{file}: missing") from None
-    except SafetensorError as error:
-        raise ModelDirectoryError(f"{file}: not a whole safetensors file ({error})") from error
-    expected = part.state_dict()
-    faults = [f"missing {name}" for name in expected if name not in tensors]
-    faults += [f"surplus {name}" for name in tensors if name not in expected]
-    for name, tensor in tensors.items():
-        if name in expected and tensor.shape != expected[name].shape:
-            faults.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            faults.append(f"{name} holds values that are not finite")
-    if faults:
-        raise ModelDirectoryError(f"{file}: " + "; ".join(faults))
-    part.load_state_dict(tensors)
+    fill(part, {file: [Piece(name, name) for name in part.state_dict()]}, dtype=dtype)
 
 
 def dataclass_from_dict(cls: type, values: Mapping[str, Any], where: str = "") -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from .tiktoken_file import merges_of, read_ranks, write_ranks
+
 N_SPECIAL = 256
+RANKS_FILE = "tokenizer.model"
 
 _NAMED = (
     "<|begin_of_text|>",
@@ -57,11 +61,33 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 _BYTE_OF_LETTER = _byte_of_letter()
+_LETTER_OF_BYTE = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
+
+
+def _letters(token: bytes) -> str:
+    return "".join(_LETTER_OF_BYTE[byte] for byte in token)
+
+
+def _backend(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 class Tokenizer:
-    """Text to token ids and back. Reads and writes `tokenizer.json` of the `tokenizers` library; a released
-    Llama 3 file works as well: a special token that it still calls reserved, `special` knows by its place.
+    """Text to token ids and back. Reads and writes `tokenizer.json` of the `tokenizers` library and Meta's
+    `tokenizer.model`; a released file works as well: a special token that it still calls reserved, `special` knows
+    by its place.
+
+    Meta's own code cuts a text every 400,000 characters and runs of 25,000 with or without white space, since
+    the library that it uses fails on longer ones. This one does not, so it does not cut, like the released
+    `tokenizer.json`: only such texts get other tokens, and those around the cuts.
 
     Attributes:
         vocab_size: all ids, special tokens included.
@@ -104,14 +130,7 @@ class Tokenizer:
         """
         if vocab_size < 256 + N_SPECIAL:
             raise ValueError(f"vocab_size must be at least {256 + N_SPECIAL}, not {vocab_size}")
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PRE_TOKENS), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
+        backend = _backend(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - N_SPECIAL,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -123,30 +142,75 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a `tokenizer.json`, or the directory that holds it.
+        """From a `tokenizer.json`, from a `tokenizer.model` of Meta's, or from the directory that holds either.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: the file is no Llama 3 tokenizer.
+            ValueError: the file is no Llama 3 tokenizer; names it.
         """
         path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        if path.is_dir():
+            found = [path / name for name in ("tokenizer.json", RANKS_FILE) if (path / name).is_file()]
+            path = found[0] if found else path / "tokenizer.json"
+        if path.suffix == ".model":
+            return cls.from_ranks(read_ranks(path))
+        text = path.read_text(encoding="utf-8")
+        try:
+            return cls.from_json(text)
+        except Exception as error:  # the library raises nothing narrower for a file that it cannot read
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """From the text of a `tokenizer.json`."""
         return cls(tokenizers.Tokenizer.from_str(text))
 
+    @classmethod
+    def from_ranks(cls, tokens: Sequence[bytes]) -> Tokenizer:
+        """From the tokens of a tiktoken vocabulary in the order of their ranks, the 256 special tokens after them.
+        The last of those have our names (see `SPECIAL_TOKENS`): Meta's file names none."""
+        vocabulary = {_letters(token): rank for rank, token in enumerate(tokens)}
+        merges = [(_letters(left), _letters(right)) for left, right in merges_of(tokens)]
+        backend = _backend(models.BPE(vocabulary, merges, ignore_merges=True))
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+        return cls(backend)
+
     def to_json(self) -> str:
         """The text of a `tokenizer.json`."""
         return self._backend.to_str(pretty=True)
 
+    def ranks(self) -> list[bytes]:
+        """The tokens, without the special ones, in the order of their ranks: what `tokenizer.model` holds.
+
+        Raises:
+            ValueError: the vocabulary cuts words otherwise than its ranks say, or its special tokens are not 256 at
+                its end, which the format cannot express.
+        """
+        if self.vocab_size != self.bos_id + N_SPECIAL or len(self._special_ids) != N_SPECIAL:
+            raise ValueError(f"tokenizer.model holds vocabularies that end with {N_SPECIAL} special tokens alone")
+        tokens = [self.token_bytes(id) for id in range(self.bos_id)]
+        model = json.loads(self.to_json())["model"]
+        merges = [tuple(bytes(_BYTE_OF_LETTER[x] for x in part) for part in pair) for pair in model["merges"]]
+        # A trained vocabulary has one merge for each token, in order; then pairs that would make it otherwise never
+        # stand side by side, and the ranks alone cut every word in the same way.
+        in_order = [left + right for left, right in merges] == [token for token in tokens if len(token) > 1]
+        if not in_order and merges != merges_of(tokens):
+            raise ValueError("the merges of this vocabulary are not those of its ranks; tokenizer.model has no others")
+        return tokens
+
     def save(self, path: str | Path) -> None:
-        """Writes `tokenizer.json`; path is the file, or the directory for it."""
+        """Writes `tokenizer.json`, or Meta's `tokenizer.model` where path ends so; path is the file, or the
+        directory for the first of them.
+
+        Raises:
+            ValueError: see `ranks`.
+        """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        path.write_text(self.to_json(), encoding="utf-8")
+        if path.suffix == ".model":
+            write_ranks(self.ranks(), path)
+        else:
+            path.write_text(self.to_json(), encoding="utf-8")
 
     def __reduce__(self):
         return Tokenizer.from_json, (self.to_json(),)

@@ -1,0 +1,308 @@
+"""Hugging Face's Llama layout, in and out. Hugging Face rotates halves of a head where Meta (and we) rotate
+adjacent pairs, so the rows of the query and key projections are reordered within each head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from einops import rearrange
+from tokenizers import processors
+from torch import Tensor
+
+from ..chat_template import CHAT_TEMPLATE
+from ..model import RopeScaling, Transformer, TransformerConfig
+from ..tokenizer import Tokenizer
+from .tensor_files import (
+    ModelDirectoryError,
+    Piece,
+    fill,
+    integer,
+    open_tensors,
+    read_json,
+    save_tensors,
+    shape_faults,
+    write_json,
+)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_TOP = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def hf_name(name: str) -> str:
+    """Our parameter name in Hugging Face's words."""
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, part = name.removesuffix(".weight").split(".", 2)
+    return f"model.layers.{layer}.{_LAYER[part]}.weight"
+
+
+def load_huggingface(path: Path, dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a directory with `config.json` and `model.safetensors`, or its shards and their index.
+
+    Args:
+        dtype: None for that of the files.
+
+    Raises:
+        ModelDirectoryError: see `config_from_hf` and `herdkit.text.interchange.tensor_files.fill`; no weights in
+            safetensors; an index that names anything but safetensors files beside it.
+    """
+    content = read_json(path / "config.json")
+    try:
+        config = config_from_hf(content)
+    except ValueError as error:
+        raise ModelDirectoryError(f"{path / 'config.json'}: {error}") from error
+    with torch.device("meta"):
+        model = Transformer(config)
+    files = _files_by_name(path)
+    pieces: dict[Path, list[Piece]] = {file: [] for file in files.values()}
+    faults = []
+    wanted = {hf_name(name): name for name in model.state_dict()}
+    if config.tie_embeddings and "lm_head.weight" in files:
+        wanted["lm_head.weight"] = "tok_embeddings.weight"
+    for stored, name in wanted.items():
+        if stored in files:
+            arrange = partial(_to_pairs, heads=heads) if (heads := _rotated_heads(config, name)) else None
+            pieces[files[stored]].append(Piece(stored, name, arrange=arrange))
+        else:
+            faults.append(f"{path}: missing {stored}")
+    ignored = [name for name in files if name.endswith("rotary_emb.inv_freq")]
+    fill(model, pieces, dtype=dtype, ignored=ignored, faults=faults)
+    return model
+
+
+def _files_by_name(path: Path) -> dict[str, Path]:
+    """Which file of the directory holds a tensor."""
+    if (path / WEIGHTS).is_file():
+        with open_tensors(path / WEIGHTS) as opened:
+            return dict.fromkeys(opened.names(), path / WEIGHTS)
+    index = path / INDEX
+    if not index.is_file():
+        raise ModelDirectoryError(f"{path}: neither {WEIGHTS} nor {INDEX}; weights in other formats are not read")
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ModelDirectoryError(f"{index}: 'weight_map' is missing or empty or no object")
+    for name, file in listed.items():
+        # The index comes from a stranger. Links are followed: the hub's own cache is made of them.
+        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
+            raise ModelDirectoryError(f"{index}: {name} is in {file!r}, which names no safetensors file beside it")
+    return {name: path / file for name, file in listed.items()}
+
+
+def save_huggingface(
+    model: Transformer, tokenizer: Tokenizer | None, path: Path, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Fills a directory that transformers and vLLM load.
+
+    Args:
+        max_shard_bytes: a file holds more only where one tensor does.
+
+    Raises:
+        ValueError: max_shard_bytes is not positive.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
+    state = model.state_dict()
+    shards = list(_shards(state, max_shard_bytes))
+    listed = {}
+    for i, shard in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        tensors = to_hf_state_dict(model.config, shard)
+        save_tensors(tensors, path / file)
+        listed |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))})
+    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    # transformers 4 reads the second of the two names.
+    config = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+    if tokenizer is None:
+        write_json(path / "config.json", config)
+        return
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids)}
+    write_json(path / "config.json", config | ids)
+    # Sampling as the released models recommend it.
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    write_json(path / "generation_config.json", {**ids, "pad_token_id": tokenizer.pad_id, **sampling})
+    _save_tokenizer(tokenizer, path, model.config.max_seq_len)
+
+
+def _shards(state: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _save_tokenizer(tokenizer: Tokenizer, path: Path, max_length: int) -> None:
+    names = (tokenizer.token_bytes(id, keep_special=True) for id in (tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id))
+    bos, eot, pad = (name.decode() for name in names)
+    # As released: a text alone gets its beginning marked; the chat template writes that itself.
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
+    )
+    (path / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eot,
+        "pad_token": pad,
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_json(path / "tokenizer_config.json", settings)
+
+
+def from_hf_state_dict(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a `LlamaForCausalLM` under our names and in our layout.
+
+    Raises:
+        ValueError: names every missing, surplus and ill-shaped tensor, by Hugging Face's name.
+    """
+    with torch.device("meta"):
+        wanted = {hf_name(name): (name, weight) for name, weight in Transformer(config).state_dict().items()}
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings and "lm_head.weight" in found:
+        embedding = found.get("model.embed_tokens.weight")
+        if embedding is not None and torch.equal(found["lm_head.weight"], embedding):
+            del found["lm_head.weight"]
+    faults = shape_faults(
+        {name: tuple(weight.shape) for name, (_, weight) in wanted.items()},
+        {name: tuple(tensor.shape) for name, tensor in found.items()},
+    )
+    if faults:
+        raise ValueError("the tensors do not fit the config: " + "; ".join(faults))
+    converted = {}
+    for name, (ours, _) in wanted.items():
+        heads = _rotated_heads(config, ours)
+        converted[ours] = _to_pairs(found[name], heads) if heads else found[name]
+    return converted
+
+
+def to_hf_state_dict(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a `Transformer`, or a part of it, as that of a `LlamaForCausalLM`; a tied output
+    projection is left out, as in Hugging Face's own files."""
+    converted = {}
+    for name, tensor in tensors.items():
+        if heads := _rotated_heads(config, name):
+            tensor = rearrange(tensor, "(h half two) d -> (h two half) d", h=heads, two=2)
+        converted[hf_name(name)] = tensor
+    return converted
+
+
+def _to_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Rows in Hugging Face's order to ours."""
+    return rearrange(weight, "(h two half) d -> (h half two) d", h=heads, two=2)
+
+
+def _rotated_heads(config: TransformerConfig, name: str) -> int:
+    """How many heads of rotated rows our parameter has."""
+    if name.endswith("attention.wq.weight"):
+        return config.n_heads
+    return config.n_kv_heads if name.endswith("attention.wk.weight") else 0
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> TransformerConfig:
+    """Our config from the content of a Hugging Face `config.json`, with `rope_parameters` (transformers 5) or
+    with `rope_theta` and `rope_scaling` (before).
+
+    Raises:
+        ValueError: a key is missing, or asks for something that a Llama 3 model does not have.
+    """
+    for key, value in (("model_type", "llama"), ("hidden_act", "silu")):
+        if hf.get(key, value) != value:
+            raise ValueError(f"{key} is {hf[key]!r}; a Llama model has {value!r}")
+    for key in ("attention_bias", "mlp_bias"):
+        if hf.get(key):
+            raise ValueError(f"{key} is set; a Llama 3 model has no biases")
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope type {kind!r} is not supported; default and llama3 are")
+    try:
+        scaling = None
+        if kind == "llama3":
+            scaling = RopeScaling(
+                factor=rope["factor"],
+                low_freq_factor=rope["low_freq_factor"],
+                high_freq_factor=rope["high_freq_factor"],
+                original_max_seq_len=rope["original_max_position_embeddings"],
+            )
+        config = TransformerConfig(
+            dim=integer(hf, "hidden_size"),
+            n_layers=integer(hf, "num_hidden_layers"),
+            n_heads=integer(hf, "num_attention_heads"),
+            n_kv_heads=integer(hf, "num_key_value_heads", hf["num_attention_heads"]),
+            ffn_dim=integer(hf, "intermediate_size"),
+            vocab_size=integer(hf, "vocab_size"),
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
+            rope_scaling=scaling,
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            max_seq_len=integer(hf, "max_position_embeddings", 2048),
+            tie_embeddings=hf.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from None
+    if (hf.get("head_dim") or config.head_dim) != config.head_dim:
+        raise ValueError(f"head_dim is {hf['head_dim']}, not hidden_size / num_attention_heads")
+    return config
+
+
+def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    """The content of a Hugging Face `config.json`, for transformers 5 and, by the older keys, for 4."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling.factor,
+            "low_freq_factor": config.rope_scaling.low_freq_factor,
+            "high_freq_factor": config.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": config.rope_scaling.original_max_seq_len,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_seq_len,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if config.rope_scaling is not None else None,
+    }
