@@ -2,7 +2,14 @@
 
 from .dialog import EncodedDialog, encode_dialog, encode_prompt
 from .generate import generate, stream
-from .interchange import config_from_hf, config_to_hf, from_hf_state_dict, to_hf_state_dict
+from .interchange import (
+    config_from_hf,
+    config_from_meta,
+    config_to_hf,
+    config_to_meta,
+    from_hf_state_dict,
+    to_hf_state_dict,
+)
 from .model import KVCache, RopeScaling, Transformer, TransformerConfig
 from .presets import ladder, preset
 from .tokenizer import StreamDecoder, Tokenizer
@@ -18,7 +25,9 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "config_from_hf",
+    "config_from_meta",
     "config_to_hf",
+    "config_to_meta",
     "encode_dialog",
     "encode_prompt",
     "from_hf_state_dict",

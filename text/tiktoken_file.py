@@ -13,8 +13,8 @@ def read_ranks(file: Path) -> list[bytes]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not as above, ranks do not ascend from 0, a token is there twice, or a byte is none; names the
-            file and the line.
+        ValueError: a line is not as above, ranks do not ascend from 0, a token is there twice, or a byte is none;
+            names the file and the line.
     """
     tokens: list[bytes] = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):

@@ -44,7 +44,9 @@ def system_preamble(
         ValueError: a tool that the model does not know.
     """
     if unknown := set(tools) - set(_ARGUMENT):
-        raise ValueError(f"no built-in tools {sorted(unknown)}; there are {', '.join(_ARGUMENT)}; give others as functions")
+        raise ValueError(
+            f"no built-in tools {sorted(unknown)}; there are {', '.join(_ARGUMENT)}; give others as functions"
+        )
     lines = ["Environment: ipython\n"] if tools or functions else []
     if named := [tool for tool in tools if tool != INTERPRETER]:
         lines.append(f"Tools: {', '.join(named)}\n\n")

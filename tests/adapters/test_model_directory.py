@@ -5,6 +5,7 @@ import herdkit
 import pytest
 import torch
 from herdkit.adapters import ModelDirectoryError, attach_adapters, compose, register_adapter
+from herdkit.cli import main
 from herdkit.text import Tokenizer, Transformer, TransformerConfig
 from herdkit.text.model_directory import save_text
 from safetensors.torch import load_file, save_file
@@ -90,6 +91,50 @@ def test_senses_trained_apart_come_together_on_the_language_model_they_share(mod
     with pytest.raises(ModelDirectoryError, match="hearing: its adapters were trained for another language model"):
         attach_adapters(stranger, tmp_path / "hearing")
     assert stranger.modalities == ["image"]
+
+
+def test_a_language_model_of_another_layout_takes_adapters_and_only_ours_saves_them(model, tmp_path):
+    whole = herdkit.save(model, tmp_path / "whole")
+    for layout in ("huggingface", "meta"):
+        with pytest.raises(ValueError, match=f"layout '{layout}' holds .* the adapters image, speech; detach them"):
+            herdkit.save(model, tmp_path / layout, layout)
+        assert not (tmp_path / layout).exists()
+        herdkit.save(compose(model.text, model.tokenizer), tmp_path / layout, layout)
+        bare = herdkit.load(tmp_path / layout)
+        assert bare.modalities == []
+        attach_adapters(bare, whole)
+        assert bare.modalities == model.modalities
+        with pytest.raises(ModelDirectoryError, match=rf"{layout} has no adapter \['image'\]"):
+            herdkit.load(tmp_path / layout, adapters=["image"])
+
+
+def test_all_parts_come_in_one_dtype(model, tmp_path):
+    path = herdkit.save(model, tmp_path / "model")
+    half = herdkit.load(path, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    herdkit.save(half, tmp_path / "half")
+    again = herdkit.load(tmp_path / "half")
+    assert {weight.dtype for weight in again.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), half.parameters(), strict=True))
+
+
+def test_convert_on_the_command_line(model, tmp_path, capsys):
+    source = herdkit.save(compose(model.text, model.tokenizer), tmp_path / "ours")
+
+    def convert(source, target, *options):
+        return main(["convert", str(tmp_path / source), str(tmp_path / target), *options])
+
+    assert convert("ours", "hf", "--layout", "huggingface", "--max-shard-bytes", "20000") == 0
+    assert json.loads(capsys.readouterr().out) == {"model": str(tmp_path / "hf"), "layout": "huggingface"}
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    assert convert("hf", "meta", "--layout", "meta", "--model-parallel", "2") == 0
+    assert convert("meta", "back", "--layout", "herdkit") == 0
+    assert (tmp_path / "back" / "text.safetensors").read_bytes() == (source / "text.safetensors").read_bytes()
+    assert herdkit.load(tmp_path / "back").text.config == model.text.config
+    assert convert("meta", "half", "--layout", "herdkit", "--dtype", "bfloat16") == 0
+    assert herdkit.load(tmp_path / "half").text.norm.weight.dtype == torch.bfloat16
+    assert convert("meta", "back", "--layout", "herdkit") == 1
+    assert capsys.readouterr().err.endswith("back exists; choose another path\n")
 
 
 def spoil(path: Path, change):

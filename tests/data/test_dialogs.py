@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from herdkit.data.dialogs import DialogError, Message, Part, dialog_sample, parse_dialog
+from herdkit.data.dialogs import DialogError, Message, Part, ToolCall, dialog_sample, parse_dialog
 from herdkit.data.shards import Sample
 
 
@@ -25,6 +25,55 @@ def test_text_and_parts():
     assert [message.text for message in dialog] == ["", "What is it?", "A square.", "4"]
     assert dialog[1].media == [Part("image", media="png")]
     assert parse_dialog(dialog, "again") == dialog
+
+
+WEATHER = {"name": "weather", "arguments": {"city": "Oslo"}}
+
+
+def test_tool_calls_and_results():
+    written = {"type": "function", "id": "call_1", "function": WEATHER | {"arguments": '{"city": "Oslo"}'}}
+    dialog = parse_dialog(
+        [
+            {"role": "assistant", "content": None, "tool_calls": [{"function": WEATHER}]},
+            {"role": "assistant", "tool_calls": [written], "end": "eom"},
+            {"role": "tool", "content": "4", "tool_call_id": "call_1", "name": "weather"},
+            {"role": "assistant", "content": "4", "tool_calls": None, "end": None},
+        ],
+        "here",
+    )
+    call = ToolCall("weather", {"city": "Oslo"})
+    assert dialog[0] == Message("assistant", [Part("text", text="")], call)
+    assert dialog[1] == Message("assistant", [Part("text", text="")], call, "eom")
+    assert dialog[2] == Message("ipython", [Part("text", text="4")])
+    assert dialog[3] == Message("assistant", [Part("text", text="4")])
+    assert parse_dialog(dialog, "again") == dialog
+
+
+def called(**changes):
+    return [{"role": "assistant", "tool_calls": [{"type": "function", "function": WEATHER | changes}]}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([{"role": "assistant", "tool_calls": []}], r"messages\[0\].content is missing"),
+        ([{"role": "assistant", "tool_calls": {}, "content": ""}], "tool_calls must be a list of one call"),
+        ([{"role": "assistant", "tool_calls": called()[0]["tool_calls"] * 2}], "tool_calls must be a list of one call"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], r"tool_calls\[0\] must be an object with a function, not str"),
+        ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\].function is missing"),
+        ([{"role": "assistant", "tool_calls": [{"function": "f"}]}], "function must be an object"),
+        ([{"role": "assistant", "tool_calls": [{"type": "x", "function": WEATHER}]}], "its type 'function'"),
+        (called(strict=True), r"tool_calls\[0\].function has an unknown field 'strict'"),
+        (called(name=""), "name must be the name of a tool, not ''"),
+        (called(arguments="{"), "arguments is a string, but not JSON"),
+        (called(arguments="3"), "arguments must be an object, not int"),
+        ([{"role": "assistant", "content": "", "end": "stop"}], "end must be one of eom, eot, not 'stop'"),
+        ([{"role": "user", "content": "", "end": "eom"}], "unknown field 'end'"),
+    ],
+)
+def test_errors_of_tool_calls(messages, error):
+    with pytest.raises(DialogError, match=error):
+        parse_dialog(messages, "here")
 
 
 def test_text_of_several_parts_keeps_their_order():

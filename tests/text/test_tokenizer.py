@@ -1,3 +1,4 @@
+import json
 import pickle
 import random
 
@@ -20,6 +21,22 @@ DIFFICULT = [
     "<|eot_id|> <|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n",
     "<|image|>",
     "x" * 3000 + " " * 500 + "!" * 500,
+]
+
+SCRIPTS = [
+    "abcdeABCDE",
+    "éüßñçàœ",
+    "жщъыэюя",
+    "αβγδέώ",
+    "אבגשל",
+    "سلامعربي",
+    "हिन्दीक्ष",
+    "ภาษาไทย",
+    "中文漢字語",
+    "ひらがなカナ",
+    "한국어글",
+    "👩🏽👍🎉🇩🇪",
+    "=-+*/<>|{}()",
 ]
 
 
@@ -171,6 +188,130 @@ class TestFiles:
         fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
         text = "some words, 1234 <|eot_id|>"
         assert fast(text)["input_ids"] == tokenizer.encode(text, allow_special=True)
+
+
+def shuffled(rng, characters, length):
+    return "".join(rng.choices(characters, k=length))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A vocabulary of many scripts, so that merges cross the bytes of a character."""
+    rng = random.Random(0)
+    words = [shuffled(rng, letters, rng.randint(1, 9)) for letters in SCRIPTS for _ in range(150)]
+    return Tokenizer.train([" ".join(rng.choices(words, k=60)) for _ in range(150)], 2500)
+
+
+@pytest.fixture(scope="module")
+def file(trained, tmp_path_factory):
+    file = tmp_path_factory.mktemp("meta") / "tokenizer.model"
+    trained.save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = random.Random(1)
+    everything = [
+        *"".join(SCRIPTS),
+        *" \n\r\t'0123456789.,!?_-",
+        "\u200d",
+        "\ufe0f",
+        "\u0301",
+        "<|eot_id|>",
+        "'ll",
+        "\r\n",
+    ]
+    mixed = [shuffled(rng, everything, rng.randint(1, 60)) for _ in range(400)]
+    runs = [unit * count for unit in (" ", "\n", "a", "1", "!", "é", "\r\n", " \n") for count in (2, 3, 4, 99, 5000)]
+    return DIFFICULT + mixed + runs
+
+
+@pytest.fixture(scope="module")
+def oracle(file):
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken.load import load_tiktoken_bpe
+
+    ranks = load_tiktoken_bpe(str(file))
+    names = {f"<|special_{i}|>": len(ranks) + i for i in range(256)}
+    return tiktoken.Encoding("meta", pat_str=PRE_TOKENS, mergeable_ranks=ranks, special_tokens=names)
+
+
+class TestMetaFile:
+    """`tokenizer.model`, against tiktoken, which Meta's code runs on, and transformers' converter of it."""
+
+    def test_equals_tiktoken(self, trained, file, texts, oracle):
+        read = Tokenizer.load(file)
+        assert read.vocab_size == oracle.n_vocab == trained.vocab_size
+        for text in texts:
+            expected = oracle.encode(text, disallowed_special=())
+            assert read.encode(text) == expected, text
+            assert trained.encode(text) == expected, text
+
+    def test_equals_transformers_converter(self, trained, file, texts):
+        pytest.importorskip("transformers")
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        converted = TikTokenConverter(str(file)).converted()
+        read = Tokenizer.load(file)
+        ours, theirs = (json.loads(backend.to_str())["model"] for backend in (read._backend, converted))
+        assert (ours["vocab"], ours["merges"], ours["ignore_merges"]) == (theirs["vocab"], theirs["merges"], True)
+        assert [converted.encode(text).ids for text in texts] == [read.encode(text) for text in texts]
+
+    def test_there_and_back(self, trained, file, tmp_path):
+        read = Tokenizer.load(file.parent)
+        assert [read.token_bytes(id) for id in range(2500)] == [trained.token_bytes(id) for id in range(2500)]
+        assert read.special("<|image|>") == trained.special("<|image|>")
+        read.save(tmp_path / "tokenizer.model")
+        assert (tmp_path / "tokenizer.model").read_bytes() == file.read_bytes()
+        read.save(tmp_path)  # tokenizer.json comes first in a directory
+        assert Tokenizer.load(tmp_path).encode("don't 1234") == trained.encode("don't 1234")
+
+    def test_long_texts_are_not_cut(self, trained, oracle):
+        """Meta's code cuts runs at 25,000 characters (and texts at 400,000): that changes tokens at the cut alone."""
+        rng = random.Random(2)
+        run = shuffled(rng, SCRIPTS[0], 26_000)
+        whole, cut = trained.encode(run), oracle.encode(run[:25_000]) + oracle.encode(run[25_000:])
+        assert whole == oracle.encode(run) != cut
+        alike = sum(1 for ours, theirs in zip(whole, cut, strict=False) if ours == theirs)
+        from_behind = sum(1 for ours, theirs in zip(whole[::-1], cut[::-1], strict=False) if ours == theirs)
+        assert alike + from_behind > len(whole) - 20
+        text = "words and " * 45_000
+        assert trained.decode(trained.encode(text)) == text
+        assert trained.encode(text[:400_000]) + trained.encode(text[400_000:]) == trained.encode(text)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda lines: [*lines[:5], *lines[6:]], "line 6 is b.* not the token of rank 5"),
+            (lambda lines: [*lines, b"YQ== 2244"], "a token is there twice"),
+            (lambda lines: [*lines, b" 2244"], "line 2245 is b' 2244'"),
+            (lambda lines: [*lines, b"%%% 2244"], "line 2245 is not a token in base64"),
+            (lambda lines: [b"YQ==", *lines], "line 1 is not a token in base64 and its rank"),
+            (
+                lambda lines: [b"QUE= %d" % i if i == 7 else line for i, line in enumerate(lines)],
+                "the bytes .* are no tok",
+            ),
+            (lambda lines: [], "the bytes .* are no tokens"),
+        ],
+    )
+    def test_a_damaged_file(self, file, tmp_path, change, message):
+        broken = tmp_path / "tokenizer.model"
+        broken.write_bytes(b"\n".join(change(file.read_bytes().splitlines())))
+        with pytest.raises(ValueError, match=f"tokenizer.model: {message}"):
+            Tokenizer.load(broken)
+
+    def test_what_the_format_cannot_say(self, trained, tmp_path):
+        content = json.loads(trained.to_json())
+        merges = content["model"]["merges"]
+        content["model"]["merges"] = [*merges[1:], merges[0]]
+        with pytest.raises(ValueError, match="the merges of this vocabulary are not those of its ranks"):
+            Tokenizer.from_json(json.dumps(content)).save(tmp_path / "tokenizer.model")
+        content = json.loads(trained.to_json())
+        content["added_tokens"].append(content["added_tokens"][0] | {"id": 2500, "content": "<|more|>"})
+        with pytest.raises(ValueError, match="256 special tokens alone"):
+            Tokenizer.from_json(json.dumps(content)).save(tmp_path / "tokenizer.model")
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestStreamDecoder:

@@ -159,8 +159,8 @@ def _shards(state: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, T
 
 
 def _save_tokenizer(tokenizer: Tokenizer, path: Path, max_length: int) -> None:
-    names = (tokenizer.token_bytes(id, keep_special=True) for id in (tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id))
-    bos, eot, pad = (name.decode() for name in names)
+    ids = tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id
+    bos, eot, pad = (tokenizer.decode([id], keep_special=True) for id in ids)
     # As released: a text alone gets its beginning marked; the chat template writes that itself.
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     backend.post_processor = processors.TemplateProcessing(

@@ -189,7 +189,7 @@ def fill(
             with open_tensors(file) as opened:
                 kinds = {name: opened.kind(name) for name in opened.names() if name not in ignored}
         except ModelDirectoryError as error:
-            faults.append(f"{error}; it should hold {_span(group)}")
+            faults.append(f"{error}, and should hold {_span(group)}")
             continue
         sound[file] = _fitting(file, group, kinds, state, faults)
         dtypes |= {stored for _, stored in kinds.values()}
