@@ -108,7 +108,7 @@ def attach_adapters(model: ComposedModel, path: str | os.PathLike, adapters: Seq
         ModelDirectoryError: as `load`, and where the language models differ or nothing is left to attach.
     """
     path = Path(path)
-    other, _ = load_model(path)
+    other, _ = load_model(path, model.text.tok_embeddings.weight.dtype)
     ours, theirs = model.text.state_dict(), other.state_dict()
     if model.text.config != other.config or not all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours):
         raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ..data.sources import DataConfig, open_loader
 from ..train.objective import Objective
 from ..train.parallel import rank, world_size
@@ -47,8 +49,8 @@ class AdapterRecipe(StageRecipe):
 
 
 def initial_model(recipe: AdapterRecipe) -> ComposedModel:
-    """The model of `recipe.init`, with the adapters of `recipe.attach`."""
-    model = load(recipe.init)
+    """The model of `recipe.init`, with the adapters of `recipe.attach`, in float32 as training needs it."""
+    model = load(recipe.init, dtype=torch.float32)
     for path in recipe.attach:
         attach_adapters(model, path)
     return model

@@ -85,7 +85,7 @@ def contrastive_objective(model: ContrastiveModel, batch: Mapping[str, Tensor]):
 def pretrain_encoder(recipe: ContrastiveRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains both towers and writes the image encoder to `run_dir/encoder.safetensors`."""
     torch.manual_seed(recipe.trainer.seed)
-    language_model, tokenizer = load_text(recipe.init)
+    language_model, tokenizer = load_text(recipe.init, torch.float32)
     encoder = build_encoder(recipe.encoder)
     max_length = None
     if recipe.text_tower is None:

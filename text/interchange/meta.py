@@ -36,20 +36,18 @@ def load_meta(path: Path, dtype: torch.dtype | None = None) -> Transformer:
     if not files or files != expected:
         raise ModelDirectoryError(f"{path}: expected consolidated.00.pth and so on, found {[f.name for f in files]}")
     params = read_json(path / PARAMS)
-    rows, tied = _vocabulary(files)
+    rows, copies = _vocabulary(files)
     try:
-        config = config_from_meta(params, vocab_size=rows, tie_embeddings=tied)
+        config = config_from_meta(params, vocab_size=rows, tie_embeddings=copies is not None)
         with torch.device("meta"):
             model = Transformer(config)
         pieces = {}
-        for i, file in enumerate(files):
-            with open_tensors(file) as opened:
-                twice = tied and "output.weight" in opened.names()
+        for rank, file in enumerate(files):
             targets = {name: name for name in model.state_dict()}
-            if twice:
+            if file in (copies or ()):
                 targets["output.weight"] = "tok_embeddings.weight"
             pieces[file] = [
-                Piece(stored, name, shard_region(config, name, i, len(files))) for stored, name in targets.items()
+                Piece(stored, name, shard_region(config, name, rank, len(files))) for stored, name in targets.items()
             ]
     except ValueError as error:
         raise ModelDirectoryError(f"{path / PARAMS}: {error}") from error
@@ -175,17 +173,27 @@ def config_to_meta(config: TransformerConfig) -> dict[str, Any]:
     return params
 
 
-def _vocabulary(files: Sequence[Path]) -> tuple[int, bool]:
-    """Rows of the embedding, and whether the output projection is it: absent, or equal to it."""
-    rows, tied = 0, True
+def _vocabulary(files: Sequence[Path]) -> tuple[int, set[Path] | None]:
+    """Rows of the embedding in all files; and those of the files whose output projection is a copy of it, or None
+    where the projection is another matrix. `fill` names the files that cannot be read here, beside all other faults.
+
+    Raises:
+        ModelDirectoryError: none of the files can be read.
+    """
+    rows: list[int] = []
+    copies: set[Path] | None = set()
     for file in files:
-        with open_tensors(file) as opened:
-            if "tok_embeddings.weight" not in opened.names():
-                raise ModelDirectoryError(f"{file}: missing tok_embeddings.weight")
-            embedding = opened.read("tok_embeddings.weight")
-            rows += len(embedding)
-            if tied and "output.weight" in opened.names():
-                head = opened.read("output.weight")
-                # Matrices that differ do so in their first row: the rest of them need not be read.
-                tied = torch.equal(head[:1], embedding[:1]) and torch.equal(head, embedding)
-    return rows, tied
+        try:
+            with open_tensors(file) as opened:
+                embedding = opened.read("tok_embeddings.weight")
+                rows.append(len(embedding))
+                if copies is not None and "output.weight" in opened.names():
+                    head = opened.read("output.weight")
+                    # Matrices that differ do so in their first row: the rest of them need not be read.
+                    same = torch.equal(head[:1], embedding[:1]) and torch.equal(head, embedding)
+                    copies = copies | {file} if same else None
+        except (ModelDirectoryError, KeyError):
+            continue
+    if not rows:
+        raise ModelDirectoryError(f"{files[0]}: neither it nor a file after it is whole and holds tok_embeddings.weight")
+    return rows[0] * len(files), copies

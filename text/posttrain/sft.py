@@ -58,7 +58,7 @@ class DialogTextCollator:
 def run(recipe: SFTRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains and writes `run_dir/model`; returns the trainer's result."""
     torch.manual_seed(recipe.trainer.seed)
-    model, tokenizer = load_text(recipe.init)
+    model, tokenizer = load_text(recipe.init, torch.float32)
     batch_size = recipe.trainer.micro_batch_size(world_size())
     collate = DialogTextCollator(tokenizer, recipe.data.row_length)
     loader = open_loader(recipe.data, collate, batch_size, rank(), world_size())

@@ -134,7 +134,7 @@ class TestLoad:
 
     def test_all_faults_are_named_at_once(self, make_model, tmp_path):
         path = tmp_path / "model"
-        write(make_model(), path, 2)
+        write(make_model(n_kv_heads=4), path, 4)
         shards = [torch.load(path / f"consolidated.{i:02}.pth") for i in range(2)]
         del shards[0]["norm.weight"]
         shards[0]["extra"] = torch.ones(1)
@@ -142,13 +142,15 @@ class TestLoad:
         shards[1]["layers.2.attention.wo.weight"][3, 3] = float("nan")
         for i, shard in enumerate(shards):
             torch.save(shard, path / f"consolidated.{i:02}.pth")
+        (path / "consolidated.02.pth").write_bytes(b"x")
         with pytest.raises(ModelDirectoryError) as error:
             herdkit.load(path)
         for fault in (
             "consolidated.00.pth: missing norm.weight",
             "consolidated.00.pth: surplus extra",
-            "consolidated.01.pth: layers.0.feed_forward.w2.weight has shape (64, 96), expected (64, 48)",
+            "consolidated.01.pth: layers.0.feed_forward.w2.weight has shape (64, 96), expected (64, 24)",
             "consolidated.01.pth: layers.2.attention.wo.weight holds values that are not finite",
+            "consolidated.02.pth: not a whole PyTorch file of tensors alone",
         ):
             assert fault in str(error.value)
 
