@@ -195,5 +195,5 @@ def _vocabulary(files: Sequence[Path]) -> tuple[int, set[Path] | None]:
         except (ModelDirectoryError, KeyError):
             continue
     if not rows:
-        raise ModelDirectoryError(f"{files[0]}: neither it nor a file after it is whole and holds tok_embeddings.weight")
+        raise ModelDirectoryError(f"{files[0]}: no file from it on is whole and holds tok_embeddings.weight")
     return rows[0] * len(files), copies
