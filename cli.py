@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "herdkit plan text/recipes/pretrain_405b.yaml --devices 16384 --data-parallel 128 --mfu 0.41",
     )
     plan_parser.add_argument("recipe", type=Path)
+    plan_parser.add_argument("--model", metavar="PRESET", help="sizes of the model that the stage goes on with")
     plan_parser.add_argument("--devices", type=int, default=1, help="(%(default)s)")
     plan_parser.add_argument("--data-parallel", type=int, help="groups of devices with rows of their own (all)")
     plan_parser.add_argument(
@@ -186,7 +187,7 @@ def plan(options: argparse.Namespace) -> None:
         peak_flops=options.peak_tflops * 1e12,
         mfu=options.mfu,
     )
-    made = stage.plan(recipe, hardware)
+    made = stage.plan(recipe, hardware, options.model)
     print(as_text(made, hardware))
     print(json.dumps(made))
 

@@ -18,6 +18,7 @@ from ..train.parallel import on_first, rank
 from ..train.recipe import Stage
 from .held_out import HeldOut
 from .model_directory import load_text, save_text
+from .plan import plan_continued
 from .row_stage import RowRecipe, document_encoder, train_on_rows
 
 
@@ -49,7 +50,7 @@ def run(recipe: AnnealRecipe, run_dir: Path) -> dict[str, Any]:
     averaged it also has "averaged_steps" and, where something is held out, "averaged_evaluation" beside "evaluation",
     which is that of the last weights."""
     torch.manual_seed(recipe.trainer.seed)
-    model, tokenizer = load_text(recipe.init)
+    model, tokenizer = load_text(recipe.init, torch.float32)
     result = train_on_rows(recipe, model, tokenizer, run_dir)
     if recipe.average > 1:
         result["averaged_steps"] = average_checkpoints(model, run_dir, recipe.average)
@@ -122,4 +123,4 @@ def probe(recipe: AnnealRecipe, new: SourceConfig, run_dir: Path, share: float =
     return result
 
 
-STAGE = Stage(AnnealRecipe, run)
+STAGE = Stage(AnnealRecipe, run, plan_continued)

@@ -19,6 +19,7 @@ from .held_out import HeldOut, HeldOutConfig
 from .model import RopeScaling, Transformer
 from .model_directory import load_text, save_text
 from .needle import NeedleConfig, NeedleTest, plot
+from .plan import plan_lengths
 from .row_stage import RowRecipe, document_encoder, train_on_rows
 from .tokenizer import Tokenizer
 
@@ -99,7 +100,7 @@ def run(recipe: LongContextRecipe, run_dir: Path) -> dict[str, Any]:
         NotPromotedError: a stage has had all its rounds; the model of the last one stays in its run directory.
     """
     torch.manual_seed(recipe.trainer.seed)
-    model, tokenizer = load_text(recipe.init)
+    model, tokenizer = load_text(recipe.init, torch.float32)
     model.config = dataclasses.replace(
         model.config,
         max_seq_len=max(model.config.max_seq_len, recipe.lengths[-1].row_length),
@@ -191,4 +192,4 @@ def _once(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return on_first(read_or_measure)
 
 
-STAGE = Stage(LongContextRecipe, run)
+STAGE = Stage(LongContextRecipe, run, plan_lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import torch
 from ..train.plan import Hardware
 from .loss import CHUNK_BYTES
 from .model import Transformer, TransformerConfig
-from .row_loader import plan_phases
+from .presets import preset
+from .row_loader import PlannedPhase, plan_phases
 
 if TYPE_CHECKING:
+    from .long_context import LongContextRecipe
     from .pretrain import PretrainRecipe
+    from .row_stage import RowRecipe
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,52 @@ class PhaseCost:
     flops: float
 
 
-def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware) -> dict[str, Any]:
-    """The cost of a pre-training recipe on some devices, with weights, gradients and moments sharded over all.
+def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware, model: str | None = None) -> dict[str, Any]:
+    """The cost of initial pre-training; see `plan_rows`.
+
+    Args:
+        model: a preset to take in place of the recipe's sizes.
+    """
+    config = preset(model) if model else recipe.model
+    return plan_rows(config, _phases_with_steps(recipe), recipe.trainer.precision, hardware)
+
+
+def plan_continued(recipe: RowRecipe, hardware: Hardware, model: str | None = None) -> dict[str, Any]:
+    """The cost of a stage that goes on with a model; see `plan_rows`.
+
+    Args:
+        model: the preset that the stage's `init` will be.
+    """
+    return plan_rows(_stated(model), _phases_with_steps(recipe), recipe.trainer.precision, hardware)
+
+
+def plan_lengths(recipe: LongContextRecipe, hardware: Hardware, model: str | None = None) -> dict[str, Any]:
+    """The cost of long-context pre-training where every length takes one round; arguments as for `plan_continued`."""
+    stages, step = [], 0
+    for length in recipe.lengths:
+        phase = PlannedPhase(step, length.row_length, length.batch_size, length.accumulate, {})
+        stages.append((phase, length.steps))
+        step += length.steps
+    return plan_rows(_stated(model), stages, recipe.trainer.precision, hardware)
+
+
+def _stated(model: str | None) -> TransformerConfig:
+    if model is None:
+        raise ValueError("this stage goes on with a model that need not be there yet: say which with --model PRESET")
+    return preset(model)
+
+
+def _phases_with_steps(recipe: RowRecipe) -> list[tuple[PlannedPhase, int]]:
+    phases = plan_phases(recipe.phases, recipe.trainer, recipe.data)
+    steps = recipe.trainer.steps
+    ends = [*(phase.from_step for phase in phases[1:]), steps]
+    return [(phase, max(0, min(end, steps) - phase.from_step)) for phase, end in zip(phases, ends, strict=True)]
+
+
+def plan_rows(
+    config: TransformerConfig, phases: Sequence[tuple[PlannedPhase, int]], precision: str, hardware: Hardware
+) -> dict[str, Any]:
+    """The cost of training a language model on rows, with weights, gradients and moments sharded over all devices.
 
     FLOPs count each multiply-add as two, attention at half the row (causal, as if no row were packed), and no
     recomputation. Memory is an estimate: weights, gradients and moments in float32, the largest layer gathered in the
@@ -37,34 +85,33 @@ def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware) -> dict[str, An
     micro-batch (see `activation_bytes`), shared evenly in its group of devices, without what the libraries and the
     allocator take for themselves.
 
+    Args:
+        phases: and how many updates each has.
+        precision: as in `TrainerConfig`.
+
     Returns: plain JSON values: "parameters" by kind, "phases", "steps", "tokens", "flops", "days", and "memory_bytes"
         for one device, by what takes it.
 
     Raises:
-        ValueError: see `plan_phases`; a batch that does not divide among the groups of devices.
+        ValueError: a batch does not divide among the groups of devices.
     """
-    phases = plan_phases(recipe.phases, recipe.trainer, recipe.data)
     with torch.device("meta"):
-        model = Transformer(recipe.model)
+        model = Transformer(config)
     table = model.parameter_table()
-    ends = [*(phase.from_step for phase in phases[1:]), recipe.trainer.steps]
     costs = []
-    for phase, end in zip(phases, ends, strict=True):
-        steps = max(0, min(end, recipe.trainer.steps) - phase.from_step)
-        tokens = steps * phase.tokens_per_step
-        flops = 3.0 * tokens * model.flops_per_token(phase.row_length / 2)
-        costs.append(PhaseCost(phase.from_step, steps, phase.row_length, phase.batch_size, tokens, flops))
-    for phase in phases:
+    for phase, steps in phases:
         if phase.batch_size % (phase.accumulate * hardware.groups):
             raise ValueError(
                 f"batch_size {phase.batch_size} must be a multiple of accumulate x data_parallel = "
                 f"{phase.accumulate} x {hardware.groups}"
             )
+        tokens = steps * phase.tokens_per_step
+        flops = 3.0 * tokens * model.flops_per_token(phase.row_length / 2)
+        costs.append(PhaseCost(phase.from_step, steps, phase.row_length, phase.batch_size, tokens, flops))
     flops = sum(cost.flops for cost in costs)
-    width = 2 if recipe.trainer.precision == "bfloat16" else 4
-    rows = [phase.batch_size // (phase.accumulate * hardware.groups) * phase.row_length for phase in phases]
-    micro = max(rows) * hardware.groups / hardware.devices
-    layer = (table["attention"] + table["feed_forward"]) // recipe.model.n_layers
+    width = 2 if precision == "bfloat16" else 4
+    micro = max(phase.tokens_per_step / (phase.accumulate * hardware.devices) for phase, _ in phases)
+    layer = (table["attention"] + table["feed_forward"]) // config.n_layers
     sharded = table["total"] / hardware.devices
     working = table["total"] if width < 4 else 0
     memory = {
@@ -72,14 +119,14 @@ def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware) -> dict[str, An
         "gradients": 4 * sharded,
         "moments": 8 * sharded,
         "working_copy": width * (max(layer, table["embeddings"]) if hardware.devices > 1 else working),
-        "activations": micro * activation_bytes(recipe.model, width),
-        "logits": 2 * min(CHUNK_BYTES, 4 * micro * recipe.model.vocab_size),
+        "activations": micro * activation_bytes(config, width),
+        "logits": 2 * min(CHUNK_BYTES, 4 * micro * config.vocab_size),
     }
     memory["total"] = sum(memory.values())
     return {
         "parameters": table,
         "phases": [asdict(cost) for cost in costs],
-        "steps": recipe.trainer.steps,
+        "steps": sum(cost.steps for cost in costs),
         "tokens": sum(cost.tokens for cost in costs),
         "flops": flops,
         "days": hardware.days(flops),

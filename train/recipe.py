@@ -71,12 +71,13 @@ class Stage:
         recipe: the dataclass that its recipes are read into.
         run: called as `run(recipe, run_dir)`; trains, writes what it made into `run_dir`, and returns the
             trainer's result.
-        plan: called as `plan(recipe, hardware)`; what the recipe costs there, as plain JSON values. None: nobody knows.
+        plan: called as `plan(recipe, hardware, model)`, where `model` names the preset that a stage goes on with, or is
+            None; what the recipe costs there, as plain JSON values. None: nobody knows.
     """
 
     recipe: type[StageRecipe]
     run: Callable[[Any, Path], dict[str, Any]]
-    plan: Callable[[Any, Hardware], dict[str, Any]] | None = None
+    plan: Callable[[Any, Hardware, str | None], dict[str, Any]] | None = None
 
 
 def find_stage(name: str) -> Stage:

@@ -11,6 +11,7 @@ from herdkit.text.pretrain import PretrainRecipe
 from herdkit.train import load_recipe
 from herdkit.train.plan import Hardware
 
+PARAMETERS = {"1b": 1_235_814_400, "8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
 RECIPES = files("herdkit") / "text" / "recipes"
 
 
@@ -41,6 +42,19 @@ def test_the_plan_of_the_largest_model_is_the_papers():
     assert sum(phase["tokens"] for phase in plan["phases"]) == plan["tokens"]
     assert plan["days"] == pytest.approx(plan["flops"] / (16_384 * 989e12 * 0.41 * 86_400))
     assert plan["memory_bytes"]["weights"] == round(4 * 405_853_388_800 / 16_384)
+
+
+@pytest.mark.parametrize("name", ["1b", "8b", "70b", "405b"])
+def test_the_later_stages_can_be_planned(name, capsys):
+    hardware = ["--model", name, "--devices", "1024", "--data-parallel", "1"]
+    for stage, tokens in (("long_context", 800e9), ("anneal", 40e9)):
+        assert main(["plan", str(RECIPES / f"{stage}_{name}.yaml"), *hardware]) == 0
+        plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert plan["tokens"] == pytest.approx(tokens, rel=0.01)
+        assert plan["parameters"]["total"] == PARAMETERS[name]
+        assert plan["phases"][-1]["row_length"] == 131_072
+    assert main(["plan", str(RECIPES / f"anneal_{name}.yaml")]) == 1
+    assert "say which with --model PRESET" in capsys.readouterr().err
 
 
 def test_activations_are_what_autograd_keeps():
