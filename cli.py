@@ -98,6 +98,16 @@ def build_parser() -> argparse.ArgumentParser:
     plan_parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
     plan_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
 
+    scaling_parser = command(
+        "scaling-laws",
+        scaling_laws,
+        "Sweep model sizes at equal compute and fit what is optimal; the same command goes on with the sweep.",
+        "herdkit scaling-laws text/recipes/tiny_scaling_laws.yaml --run-dir runs/laws targets=[1e15]",
+    )
+    scaling_parser.add_argument("recipe", type=Path)
+    scaling_parser.add_argument("--run-dir", type=Path, required=True, help="holds a run directory for each size")
+    scaling_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
+
     chat_parser = command(
         "chat",
         chat,
@@ -202,6 +212,18 @@ def convert(options: argparse.Namespace) -> None:
     model = load(options.source, dtype=getattr(torch, options.dtype) if options.dtype else None)
     settings = {name: getattr(options, name) for name in ("layout", "max_shard_bytes", "model_parallel")}
     print(json.dumps({"model": str(save(model, options.target, **settings)), "layout": options.layout}))
+
+
+def scaling_laws(options: argparse.Namespace) -> None:
+    from .text.scaling_laws import ScalingLawRecipe, run
+    from .train.config import load_recipe
+    from .train.parallel import process_group, rank
+
+    recipe = load_recipe(options.recipe, ScalingLawRecipe, options.overrides)
+    with process_group():
+        result = run(recipe, options.run_dir)
+        if rank() == 0:
+            print(json.dumps({key: result[key] for key in ("curves", "diverged", "law", "predictions", "forecast")}))
 
 
 def chat(options: argparse.Namespace) -> None:

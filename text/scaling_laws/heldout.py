@@ -1,0 +1,156 @@
+"""What a finished model makes of held-out documents: its loss, and how often it knows how they go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch.nn import functional as F
+
+from ..model import Transformer
+from ..rows import IGNORE, Document, lay_out
+from ..tokenizer import Tokenizer
+from .recipe import ForecastConfig
+
+ROWS = 64
+"""Rows of one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Negative log-likelihood of documents, in nats.
+
+    Args:
+        nll: of all tokens together.
+        tokens: predicted, the end of text of each document included.
+        characters, bytes: of the documents.
+    """
+
+    nll: float
+    tokens: int
+    characters: int
+    bytes: int
+
+    @property
+    def per_token(self) -> float:
+        return self.nll / self.tokens
+
+    @property
+    def per_character(self) -> float:
+        return self.nll / self.characters
+
+    @property
+    def per_byte(self) -> float:
+        return self.nll / self.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Args:
+    prompt: a text.
+    choices: how it may go on.
+    answer: index of the right one.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """`nll`: mean over the questions of the NLL of the correct answer per character. `accuracy`: the part of the
+    questions whose correct answer has the lowest NLL per character of all choices."""
+
+    nll: float
+    accuracy: float
+
+
+def measure(model: Transformer, tokenizer: Tokenizer, documents: Sequence[str], row_length: int) -> HeldOut:
+    """The loss of every token of every document, each counted once. A long document is cut into rows as in training;
+    each but the first begins with the last token of the one before, so that no token goes unpredicted."""
+    pieces = []
+    for text in documents:
+        tokens = [*tokenizer.encode(text, bos=True), tokenizer.eos_id]
+        for start in range(0, len(tokens) - 1, row_length - 1):
+            piece = tokens[start : start + row_length]
+            pieces.append(Document(piece, [True] * len(piece)))
+    losses, counts = zip(*row_losses(model, pieces, tokenizer.pad_id), strict=True)
+    return HeldOut(
+        nll=sum(losses),
+        tokens=sum(counts),
+        characters=sum(map(len, documents)),
+        bytes=sum(len(text.encode()) for text in documents),
+    )
+
+
+def continuations(documents: Sequence[str], config: ForecastConfig, seed: int = 0) -> list[Question]:
+    """Questions made of documents; the other choices of each are answers of other documents. The same seed gives the
+    same questions.
+
+    Raises:
+        ValueError: the documents are too few or too short for one question.
+    """
+    cuts = [(i, *cut) for i, text in enumerate(documents) for cut in _cut(text, config)]
+    rng = Random(f"{seed}/continuations")
+    rng.shuffle(cuts)
+    if len({i for i, _, _ in cuts}) < config.choices:
+        raise ValueError(
+            f"{len(documents)} held-out documents give no questions with {config.choices} choices of "
+            f"{config.answer_chars} characters after prompts of {config.prompt_chars}: take shorter ones"
+        )
+    questions = []
+    for document, prompt, right in cuts[: config.questions]:
+        elsewhere = sorted({answer for i, _, answer in cuts if i != document and answer != right})
+        if len(elsewhere) < config.choices - 1:
+            raise ValueError(f"the held-out documents give fewer than {config.choices} different answers")
+        choices = [right, *rng.sample(elsewhere, config.choices - 1)]
+        rng.shuffle(choices)
+        questions.append(Question(prompt=prompt, choices=tuple(choices), answer=choices.index(right)))
+    return questions
+
+
+def _cut(text: str, config: ForecastConfig) -> Iterator[tuple[str, str]]:
+    """(prompt, what follows it) without overlap; both end before a space."""
+    start = 0
+    while True:
+        middle = text.find(" ", start + config.prompt_chars)
+        end = text.find(" ", middle + config.answer_chars)
+        if middle < 0 or end < 0:
+            return
+        yield text[start:middle], text[middle:end]
+        start = end
+
+
+def answer(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question]) -> Answers:
+    """Asks a model of any tokenizer."""
+    rows = []
+    for question in questions:
+        prompt = tokenizer.encode(question.prompt, bos=True)
+        for choice in question.choices:
+            tokens = tokenizer.encode(choice)
+            rows.append(Document([*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens)))
+    losses = [loss for loss, _ in row_losses(model, rows, tokenizer.pad_id)]
+    nll, right, at = 0.0, 0, 0
+    for question in questions:
+        scores = [losses[at + i] / len(choice) for i, choice in enumerate(question.choices)]
+        at += len(scores)
+        nll += scores[question.answer]
+        right += scores.index(min(scores)) == question.answer
+    return Answers(nll=nll / len(questions), accuracy=right / len(questions))
+
+
+@torch.inference_mode()
+def row_losses(model: Transformer, rows: Sequence[Document], pad_id: int) -> list[tuple[float, int]]:
+    """For each row, a document of its own: the summed NLL of its targets, and how many there are."""
+    device = model.norm.weight.device
+    found: list[tuple[float, int]] = []
+    for start in range(0, len(rows), ROWS):
+        batch = lay_out([[row] for row in rows[start : start + ROWS]], pad_id).to(device)
+        logits = model.unembed(model.hidden(batch.tokens)).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none")
+        sums = losses.double().sum(1).tolist()
+        found += zip(sums, (batch.labels != IGNORE).sum(1).tolist(), strict=True)
+    return found

@@ -1,0 +1,286 @@
+"""Runs a sweep: one ordinary `text.pretrain` run directory for each budget and size, each finished once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.shards import ShardReader
+from ...data.synthetic.sets import build
+from ...train.config import as_dict
+from ...train.files import write_json
+from ...train.guard import NonFiniteError
+from ...train.parallel import on_first
+from ...train.progress import ProgressLine
+from ...train.run_directory import RunDirectoryError, differences
+from .. import pretrain
+from ..model import Transformer
+from ..model_directory import load_text
+from ..pretrain import PretrainRecipe, TextCollator, prepare_tokenizer
+from ..rows import IGNORE
+from ..tokenizer import Tokenizer
+from .fit import ScalingLawError
+from .heldout import answer, continuations, measure
+from .recipe import BudgetConfig, ForecastConfig, ScalingLawRecipe, SizeConfig
+
+RECORD, LOG = "measured.json", "log.txt"
+_COUNTED = 2000
+"""Samples of a source at most whose tokens are counted to find out how long a sample is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run of the sweep, planned.
+
+    Args:
+        name: "budget-size".
+        run_dir: its own.
+        budget: C in FLOPs.
+        flops_per_token: of training: three times the forward pass of the model, at half a row of context, masks
+            between documents not discounted.
+        epochs: passes over the source that is repeated most.
+        recipe: what `text.pretrain` runs.
+        held_out, forecast: what the model is measured on.
+    """
+
+    name: str
+    run_dir: Path
+    budget: float
+    flops_per_token: int
+    epochs: float
+    recipe: PretrainRecipe
+    held_out: str
+    forecast: ForecastConfig | None
+
+
+def plan(recipe: ScalingLawRecipe, run_dir: Path) -> list[Point]:
+    """All runs, by budget and size. Makes what they share: the made data and the tokenizer.
+
+    Raises:
+        ScalingLawError: a run would not get through its warm-up, or make more than `trainer.steps` updates.
+    """
+    if recipe.made is not None:
+        build(recipe.made.out, only=recipe.made.sets, workers=0)
+    if not recipe.tokenizer:
+        shared = run_dir / "tokenizer.json"
+        if not shared.exists():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            prepare_tokenizer(recipe).save(shared)
+        recipe = dataclasses.replace(recipe, tokenizer=str(shared))
+    readers = [ShardReader(source.shards) for source in recipe.data.sources]
+    if not readers:
+        raise ScalingLawError("data.sources is empty; name at least one set of shards")
+    total = sum(source.weight for source in recipe.data.sources)
+    shares = [source.weight / total for source in recipe.data.sources]
+    collate = TextCollator(Tokenizer.load(recipe.tokenizer), recipe.data.row_length)
+    targets = sum(share * mean_targets(reader, collate) for share, reader in zip(shares, readers, strict=True))
+    passes = max(share / len(reader) for share, reader in zip(shares, readers, strict=True))
+    sized = [(budget, size) for budget in recipe.budgets for size in recipe.sizes_of(budget)]
+    return [_point(recipe, run_dir, budget, size, targets, passes) for budget, size in sized]
+
+
+def mean_targets(reader: ShardReader, collate: TextCollator) -> float:
+    """Tokens of a sample that count in the loss, on average over evenly spread ones."""
+    step = -(-len(reader) // _COUNTED)
+    counts = [int((collate([(i, reader[i])]).labels != IGNORE).sum()) for i in range(0, len(reader), step)]
+    return sum(counts) / len(counts)
+
+
+def _point(
+    recipe: ScalingLawRecipe, run_dir: Path, budget: BudgetConfig, size: SizeConfig, targets: float, passes: float
+) -> Point:
+    name = f"{budget.name}-{size.name}"
+    config = size.model(recipe.model)
+    with torch.device("meta"):
+        flops = 3 * Transformer(config).flops_per_token(recipe.data.row_length / 2)
+    steps = round(budget.flops / (flops * targets * budget.batch_size))
+    if steps <= 2 * recipe.schedule.warmup_steps or steps < 1:
+        raise ScalingLawError(
+            f"run {name}: {budget.flops:.3g} FLOPs make {steps} updates of this size, of which "
+            f"{recipe.schedule.warmup_steps} warm up; leave it out of budgets.sizes, or take a smaller batch_size"
+        )
+    if steps > recipe.trainer.steps:
+        raise ScalingLawError(
+            f"run {name}: {budget.flops:.3g} FLOPs make {steps} updates, and trainer.steps allows "
+            f"{recipe.trainer.steps}; leave it out of budgets.sizes, or take a larger batch_size"
+        )
+    shared = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(PretrainRecipe)}
+    own = shared | {
+        "stage": "text.pretrain",
+        "model": config,
+        "optimizer": dataclasses.replace(recipe.optimizer, lr=recipe.optimizer.lr * size.lr_scale),
+        "trainer": dataclasses.replace(recipe.trainer, steps=steps, batch_size=budget.batch_size),
+    }
+    return Point(
+        name=name,
+        run_dir=run_dir / "runs" / name,
+        budget=budget.flops,
+        flops_per_token=flops,
+        epochs=steps * budget.batch_size * passes,
+        recipe=PretrainRecipe(**own),
+        held_out=recipe.held_out,
+        forecast=recipe.forecast,
+    )
+
+
+def run_point(point: Point) -> dict[str, Any]:
+    """Trains and measures a point, or goes on with it; of one that is finished it reads the record.
+
+    Returns:
+        The content of `measured.json`: "name", "budget", "parameters", "steps", "epochs", "tokens", "flops" (spent),
+        "loss" (held-out, per token), "nll_per_character", "nll_per_byte", "answers" (of the forecast, or null),
+        "wall_seconds", and the "recipe". A diverged run has "diverged", the reason, in place of what was measured.
+
+    Raises:
+        RunDirectoryError: the directory holds a run of another recipe.
+    """
+    trained = on_first(lambda: read_record(point))
+    if trained is None:
+        try:
+            trained = pretrain.run(point.recipe, point.run_dir)
+        except NonFiniteError as error:
+            return _head(point) | {"diverged": str(error)}
+    elif trained["measured_on"] == _head(point)["measured_on"]:
+        return trained
+    return on_first(lambda: measure_point(point, trained))
+
+
+def read_record(point: Point) -> dict[str, Any] | None:
+    """The record of a finished run, whatever it was measured on; None where there is none.
+
+    Raises:
+        RunDirectoryError: it was made by another recipe.
+    """
+    path = point.run_dir / RECORD
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    mine = _head(point)
+    changes = differences(record["recipe"], mine["recipe"])
+    if changes or record["steps"] != mine["steps"]:
+        changes = changes or [f"trainer.steps: {record['steps']} -> {mine['steps']}"]
+        raise RunDirectoryError(
+            f"{point.run_dir} holds a run of another recipe: {'; '.join(changes[:6])}. Choose another run directory, "
+            "undo the change, or delete it to train it anew"
+        )
+    return record
+
+
+def _head(point: Point) -> dict[str, Any]:
+    """What a record says of the plan."""
+    return {
+        "name": point.name,
+        "budget": point.budget,
+        "steps": point.recipe.trainer.steps,
+        "epochs": point.epochs,
+        "recipe": as_dict(point.recipe),
+        "measured_on": {"held_out": point.held_out, "forecast": point.forecast and as_dict(point.forecast)},
+    }
+
+
+def measure_point(point: Point, trained: dict[str, Any]) -> dict[str, Any]:
+    """Measures the finished model on the held-out documents and writes the record.
+
+    Args:
+        trained: the trainer's result, or an earlier record.
+    """
+    model, tokenizer = load_text(point.run_dir / "model")
+    documents = read_documents(point.held_out)
+    held_out = measure(model, tokenizer, documents, point.recipe.data.row_length)
+    answers = None
+    if point.forecast is not None:
+        answers = dataclasses.asdict(answer(model, tokenizer, continuations(documents, point.forecast)))
+    record = _head(point) | {
+        "parameters": trained["parameters"],
+        "tokens": trained["tokens"],
+        "flops": trained["tokens"] * point.flops_per_token,
+        "loss": held_out.per_token,
+        "nll_per_character": held_out.per_character,
+        "nll_per_byte": held_out.per_byte,
+        "answers": answers,
+        "wall_seconds": trained["wall_seconds"],
+    }
+    write_json(point.run_dir / RECORD, record)
+    return record
+
+
+def read_documents(shards: str) -> list[str]:
+    """The texts of the samples with a `txt` member."""
+    return [sample.text("txt") for sample in ShardReader(shards)]
+
+
+def run_points(points: Sequence[Point], workers: int) -> list[dict[str, Any]]:
+    """The records of all points, in their order. Those that are not finished run in `workers` processes, or in this
+    one with 0.
+
+    Raises:
+        ScalingLawError: a run failed; names it.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    with ProgressLine("scaling laws: runs", len(points)) as progress:
+        for record in _each(points, workers):
+            records[record["name"]] = record
+            progress.update(len(records), record["name"])
+    return [records[point.name] for point in points]
+
+
+def _each(points: Sequence[Point], workers: int) -> Iterator[dict[str, Any]]:
+    if workers == 0:
+        for point in points:
+            yield _named(point, lambda point=point: run_point(point))
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ScalingLawError("workers is for a single process: with torchrun set workers=0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the OpenMP of torch reads it as a worker starts
+    threads = max(1, torch.get_num_threads() // workers)
+    with ExitStack() as stack:
+        # Fresh processes: a fork would take the parent's threads' locks with it.
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(threads,))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        jobs = {pool.submit(_run_logged, point): point for point in points}
+        for job in as_completed(jobs):
+            yield _named(jobs[job], job.result)
+
+
+def _named(point: Point, result: Any) -> dict[str, Any]:
+    try:
+        return result()
+    except RunDirectoryError:
+        raise  # it names the directory
+    except Exception as error:
+        raise ScalingLawError(f"run {point.name} in {point.run_dir} failed: {error}") from error
+
+
+def _start_worker(threads: int) -> None:
+    """Ends this process when its parent does, however that ends, so that no two processes ever train in one folder."""
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(threads)
+
+
+def _run_logged(point: Point) -> dict[str, Any]:
+    """`run_point` with what it says in `log.txt` of the run: the terminal is the parent's."""
+    point.run_dir.mkdir(parents=True, exist_ok=True)
+    with (point.run_dir / LOG).open("a") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    return run_point(point)
