@@ -1,4 +1,4 @@
-"""What a finished model makes of held-out documents: its loss, and how often it knows how they go on."""
+"""What a finished model makes of held-out documents: its loss, and how often it knows their words' order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .recipe import ForecastConfig
 
 ROWS = 64
 """Rows of one forward pass."""
+_TRIES = 100
+"""Orders drawn for a question; three words have six."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,11 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Args:
-    prompt: a text.
-    choices: how it may go on.
-    answer: index of the right one.
+    """
+    Args:
+        prompt: a text.
+        choices: how it may go on, each with the space before it.
+        answer: index of the right one.
     """
 
     prompt: str
@@ -86,30 +89,30 @@ def measure(model: Transformer, tokenizer: Tokenizer, documents: Sequence[str], 
     )
 
 
-def continuations(documents: Sequence[str], config: ForecastConfig, seed: int = 0) -> list[Question]:
-    """Questions made of documents; the other choices of each are answers of other documents. The same seed gives the
-    same questions.
+def word_orders(documents: Sequence[str], config: ForecastConfig, seed: int = 0) -> list[Question]:
+    """Questions made of documents, see `ForecastConfig`. The same seed gives the same questions.
 
     Raises:
-        ValueError: the documents are too few or too short for one question.
+        ValueError: the documents are too short for one question.
     """
-    cuts = [(i, *cut) for i, text in enumerate(documents) for cut in _cut(text, config)]
-    rng = Random(f"{seed}/continuations")
-    rng.shuffle(cuts)
-    if len({i for i, _, _ in cuts}) < config.choices:
-        raise ValueError(
-            f"{len(documents)} held-out documents give no questions with {config.choices} choices of "
-            f"{config.answer_chars} characters after prompts of {config.prompt_chars}: take shorter ones"
-        )
+    rng = Random(f"{seed}/word orders")
     questions = []
-    for document, prompt, right in cuts[: config.questions]:
-        elsewhere = sorted({answer for i, _, answer in cuts if i != document and answer != right})
-        if len(elsewhere) < config.choices - 1:
-            raise ValueError(f"the held-out documents give fewer than {config.choices} different answers")
-        choices = [right, *rng.sample(elsewhere, config.choices - 1)]
-        rng.shuffle(choices)
-        questions.append(Question(prompt=prompt, choices=tuple(choices), answer=choices.index(right)))
-    return questions
+    for prompt, right in (cut for text in documents for cut in _cut(text, config)):
+        words = right.split(" ")[1:]
+        choices = {right}
+        for _ in range(_TRIES):
+            if len(choices) < config.choices:
+                choices.add(" " + " ".join(rng.sample(words, len(words))))
+        if len(choices) == config.choices:
+            shuffled = rng.sample(sorted(choices), config.choices)
+            questions.append(Question(prompt=prompt, choices=tuple(shuffled), answer=shuffled.index(right)))
+    if not questions:
+        raise ValueError(
+            f"{len(documents)} held-out documents give no question: they are too short for prompts of "
+            f"{config.prompt_chars} characters and answers of {config.answer_chars}, or the answers have too few words "
+            f"for {config.choices} orders"
+        )
+    return rng.sample(questions, min(config.questions, len(questions)))
 
 
 def _cut(text: str, config: ForecastConfig) -> Iterator[tuple[str, str]]:

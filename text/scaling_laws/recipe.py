@@ -71,19 +71,20 @@ class BudgetConfig:
 
 @dataclass(kw_only=True)
 class ForecastConfig:
-    """The downstream forecast. Its questions are made from the held-out documents: which of several texts goes on
-    after a prompt? The others are the right answers of other questions.
+    """The downstream forecast. Its questions are made from the held-out documents: in which order do the words that
+    follow a prompt stand? All choices have the same words, so that nothing but the order tells them apart; of whole
+    other texts, models this small only see which has the more common words.
 
     Args:
         questions: at most; the documents are cut without overlap, so they give only so many.
         prompt_chars, answer_chars: lengths, up to the next space.
-        choices: answers to choose from; 1 / choices is chance.
+        choices: orders to choose from, the right one included; 1 / choices is chance.
         others: directories of further models, which take part in the step from NLL to accuracy alone.
     """
 
     questions: int = 400
     prompt_chars: int = 64
-    answer_chars: int = 24
+    answer_chars: int = 40
     choices: int = 4
     others: list[str] = field(default_factory=list)
 

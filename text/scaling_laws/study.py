@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ...train.files import write_json
 from ...train.parallel import on_first
+from ...train.progress import ProgressLine
 from ...train.recipe import Stage
 from ..model_directory import load_text
 from .fit import IsoFlopCurve, Measurement, ScalingLaw, fit_scaling_law, isoflop_curves
 from .forecast import Scored, fit_forecast
-from .heldout import answer, continuations
+from .heldout import answer, word_orders
 from .plots import plot_forecast, plot_isoflops, plot_power_law
 from .recipe import ForecastConfig, ScalingLawRecipe
 from .sweep import plan, read_documents, run_points
@@ -62,7 +62,8 @@ def conclude(recipe: ScalingLawRecipe, records: Sequence[dict[str, Any]], run_di
     write_json(path, result)
     if curves:
         plot_isoflops(curves, run_dir / "isoflops.png")
-    Console(stderr=True).print(_table(curves, diverged))
+    out = ProgressLine("scaling laws", len(records))
+    out.say(_table(curves, diverged))
 
     law = fit_scaling_law(measurements, recipe.resamples)
     predictions = [law.predict(target) for target in recipe.targets]
@@ -74,6 +75,10 @@ def conclude(recipe: ScalingLawRecipe, records: Sequence[dict[str, Any]], run_di
     }
     result["predictions"] = [asdict(p) | {"parameters_by_6nd": p.parameters} for p in predictions]
     write_json(path, result)
+    low_high = "" if law.alpha_interval is None else " ({:.3f} to {:.3f})".format(*law.alpha_interval)
+    out.say(f"N*(C) = {law.law.coefficient:.3g} C^{law.law.alpha:.3f}{low_high} tokens")
+    for prediction in predictions:
+        out.say(f"optimum of {prediction.flops:.3g} FLOPs: {prediction.tokens:.3g} tokens")
     plot_power_law(law, predictions, run_dir / "power_law.png")
     if recipe.forecast is not None:
         result["forecast"] = _forecast(recipe, recipe.forecast, law, good, run_dir)
@@ -86,7 +91,7 @@ def _divergence(record: dict[str, Any], recipe: ScalingLawRecipe) -> str:
     if "diverged" in record:
         return record["diverged"]
     uniform = math.log(recipe.model.vocab_size)
-    if not record["loss"] < uniform:
+    if record["loss"] is None or not record["loss"] < uniform:
         return f"held-out loss {record['loss']}, no better than that of guessing evenly, {uniform:.2f}"
     return ""
 
@@ -115,7 +120,7 @@ def _forecast(
         for r in records
     }
     optimal = [scored.pop(curve.best_run.name) for curve in law.curves if not curve.fault]
-    questions = continuations(read_documents(recipe.held_out), config)
+    questions = word_orders(read_documents(recipe.held_out), config)
     others = list(scored.values())
     for path in config.others:
         answers = answer(*load_text(path), questions)

@@ -33,7 +33,7 @@ from ..pretrain import PretrainRecipe, TextCollator, prepare_tokenizer
 from ..rows import IGNORE
 from ..tokenizer import Tokenizer
 from .fit import ScalingLawError
-from .heldout import answer, continuations, measure
+from .heldout import answer, measure, word_orders
 from .recipe import BudgetConfig, ForecastConfig, ScalingLawRecipe, SizeConfig
 
 RECORD, LOG = "measured.json", "log.txt"
@@ -202,7 +202,7 @@ def measure_point(point: Point, trained: dict[str, Any]) -> dict[str, Any]:
     held_out = measure(model, tokenizer, documents, point.recipe.data.row_length)
     answers = None
     if point.forecast is not None:
-        answers = dataclasses.asdict(answer(model, tokenizer, continuations(documents, point.forecast)))
+        answers = dataclasses.asdict(answer(model, tokenizer, word_orders(documents, point.forecast)))
     record = _head(point) | {
         "parameters": trained["parameters"],
         "tokens": trained["tokens"],
@@ -231,6 +231,8 @@ def run_points(points: Sequence[Point], workers: int) -> list[dict[str, Any]]:
     """
     records: dict[str, dict[str, Any]] = {}
     with ProgressLine("scaling laws: runs", len(points)) as progress:
+        if workers:
+            progress.say(f"{len(points)} runs, {workers} at a time; each tells of itself in {LOG} of its folder")
         for record in _each(points, workers):
             records[record["name"]] = record
             progress.update(len(records), record["name"])

@@ -1,13 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
 from herdkit.text.scaling_laws import ForecastConfig
-from herdkit.text.scaling_laws.heldout import answer, continuations, measure
+from herdkit.text.scaling_laws.heldout import answer, measure, word_orders
 from torch.nn import functional as F
 
 DOCUMENTS = [
     " ".join(f"{word}{i}" for i in range(40)) for word in ("alpha", "beta", "gamma", "delta", "épsilon", "zeta")
 ]
-CONFIG = ForecastConfig(prompt_chars=20, answer_chars=10, choices=3)
+CONFIG = ForecastConfig(prompt_chars=20, answer_chars=16, choices=3)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_every_token_counts_once_however_documents_are_cut(model, tokenizer):
 
 
 def test_answers_are_those_of_one_row_at_a_time(model, tokenizer):
-    questions = continuations(DOCUMENTS, CONFIG)
+    questions = word_orders(DOCUMENTS, CONFIG)
     right, total = 0, 0.0
     for question in questions:
         prompt = tokenizer.encode(question.prompt, bos=True)
@@ -54,20 +56,21 @@ def test_answers_are_those_of_one_row_at_a_time(model, tokenizer):
 
 
 def test_questions_are_cut_from_the_documents():
-    questions = continuations(DOCUMENTS, CONFIG)
-    assert len({question.answer for question in questions}) == CONFIG.choices
+    questions = word_orders(DOCUMENTS, CONFIG)
+    assert {question.answer for question in questions} == set(range(CONFIG.choices))
     for question in questions:
-        (home,) = [i for i, text in enumerate(DOCUMENTS) if question.prompt in text]
-        assert question.prompt + question.choices[question.answer] in DOCUMENTS[home]
+        right = question.choices[question.answer]
+        assert any(question.prompt + right in text for text in DOCUMENTS)
         assert len(set(question.choices)) == CONFIG.choices
         for choice in question.choices:
             assert choice.startswith(" ")
-            assert (choice in DOCUMENTS[home]) == (choice == question.choices[question.answer])
-    assert questions == continuations(DOCUMENTS, CONFIG)
-    assert questions != continuations(DOCUMENTS, CONFIG, seed=1)
-    assert len(continuations(DOCUMENTS, ForecastConfig(prompt_chars=20, answer_chars=10, questions=5))) == 5
+            assert sorted(choice.split()) == sorted(right.split())
+    assert questions == word_orders(DOCUMENTS, CONFIG)
+    assert questions != word_orders(DOCUMENTS, CONFIG, seed=1)
+    assert len(word_orders(DOCUMENTS, dataclasses.replace(CONFIG, questions=5))) == 5
 
 
-def test_too_few_documents_for_questions():
-    with pytest.raises(ValueError, match="2 held-out documents give no questions with 3 choices"):
-        continuations(DOCUMENTS[:2], CONFIG)
+@pytest.mark.parametrize("change", [{"prompt_chars": 400}, {"answer_chars": 1}])
+def test_documents_that_give_no_question(change):
+    with pytest.raises(ValueError, match="6 held-out documents give no question"):
+        word_orders(DOCUMENTS, dataclasses.replace(CONFIG, **change))
