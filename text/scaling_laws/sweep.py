@@ -8,10 +8,11 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ...data.synthetic.sets import build
 from ...train.config import as_dict
 from ...train.files import write_json
 from ...train.guard import NonFiniteError
-from ...train.parallel import on_first
+from ...train.parallel import on_first, rank
 from ...train.progress import ProgressLine
 from ...train.run_directory import RunDirectoryError, differences
 from .. import pretrain
@@ -107,7 +108,7 @@ def _point(
     with torch.device("meta"):
         flops = 3 * Transformer(config).flops_per_token(recipe.data.row_length / 2)
     steps = round(budget.flops / (flops * targets * budget.batch_size))
-    if steps <= 2 * recipe.schedule.warmup_steps or steps < 1:
+    if steps <= 2 * recipe.schedule.warmup_steps:
         raise ScalingLawError(
             f"run {name}: {budget.flops:.3g} FLOPs make {steps} updates of this size, of which "
             f"{recipe.schedule.warmup_steps} warm up; leave it out of budgets.sizes, or take a smaller batch_size"
@@ -132,7 +133,8 @@ def _point(
         epochs=steps * budget.batch_size * passes,
         recipe=PretrainRecipe(**own),
         held_out=recipe.held_out,
-        forecast=recipe.forecast,
+        # The other models are measured apart: one more is no reason to measure this one again.
+        forecast=recipe.forecast and dataclasses.replace(recipe.forecast, others=[]),
     )
 
 
@@ -142,7 +144,8 @@ def run_point(point: Point) -> dict[str, Any]:
     Returns:
         The content of `measured.json`: "name", "budget", "parameters", "steps", "epochs", "tokens", "flops" (spent),
         "loss" (held-out, per token), "nll_per_character", "nll_per_byte", "answers" (of the forecast, or null),
-        "wall_seconds", and the "recipe". A diverged run has "diverged", the reason, in place of what was measured.
+        "wall_seconds", and the "recipe". A diverged run has "diverged", the reason, in place of what was measured, and
+        no file, so that the next start tries it again.
 
     Raises:
         RunDirectoryError: the directory holds a run of another recipe.
@@ -230,7 +233,7 @@ def run_points(points: Sequence[Point], workers: int) -> list[dict[str, Any]]:
         ScalingLawError: a run failed; names it.
     """
     records: dict[str, dict[str, Any]] = {}
-    with ProgressLine("scaling laws: runs", len(points)) as progress:
+    with ProgressLine("scaling laws: runs", len(points), silent=rank() > 0) as progress:
         if workers:
             progress.say(f"{len(points)} runs, {workers} at a time; each tells of itself in {LOG} of its folder")
         for record in _each(points, workers):
@@ -242,7 +245,7 @@ def run_points(points: Sequence[Point], workers: int) -> list[dict[str, Any]]:
 def _each(points: Sequence[Point], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 0:
         for point in points:
-            yield _named(point, lambda point=point: run_point(point))
+            yield _named(point, partial(run_point, point))
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ScalingLawError("workers is for a single process: with torchrun set workers=0")
@@ -258,7 +261,7 @@ def _each(points: Sequence[Point], workers: int) -> Iterator[dict[str, Any]]:
             yield _named(jobs[job], job.result)
 
 
-def _named(point: Point, result: Any) -> dict[str, Any]:
+def _named(point: Point, result: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return result()
     except RunDirectoryError:

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 from herdkit.text.scaling_laws import ForecastConfig
-from herdkit.text.scaling_laws.heldout import answer, measure, word_orders
+from herdkit.text.scaling_laws.heldout import Question, answer, measure, word_orders
 from torch.nn import functional as F
 
 DOCUMENTS = [
@@ -43,7 +43,8 @@ def test_every_token_counts_once_however_documents_are_cut(model, tokenizer):
 
 
 def test_answers_are_those_of_one_row_at_a_time(model, tokenizer):
-    questions = word_orders(DOCUMENTS, CONFIG)
+    uneven = Question(prompt="alpha0 alpha1", choices=(" a", " alpha2 alpha3", " beta0 beta1 beta2 gamma7"), answer=1)
+    questions = [*word_orders(DOCUMENTS, CONFIG), uneven]
     right, total = 0, 0.0
     for question in questions:
         prompt = tokenizer.encode(question.prompt, bos=True)

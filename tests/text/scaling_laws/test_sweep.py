@@ -198,7 +198,8 @@ def test_mistakes_in_the_recipe(recipe, change, says):
 
 def test_a_real_sweep_in_a_process_of_its_own(recipe, tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
-    recipe.sizes, recipe.workers = SIZES[:3], 1
+    recipe.sizes, recipe.workers, recipe.schedule.warmup_steps = SIZES[:3], 1, 1
+    recipe.budgets = [BudgetConfig(flops=flops, batch_size=4) for flops in (5e8, 1e9)]
     file.write_text(dump(recipe))
     forecast = "forecast={questions: 20, prompt_chars: 20, answer_chars: 20}"
     code = main(["scaling-laws", str(file), "--run-dir", str(tmp_path / "run"), forecast])
@@ -209,7 +210,7 @@ def test_a_real_sweep_in_a_process_of_its_own(recipe, tmp_path, capsys):
         assert "needs 2 budgets with a minimum" in err
     else:
         assert json.loads(out.splitlines()[-1])["law"] == result["law"]
-    assert [r["name"] for r in result["runs"]] == [f"{c}-d{d}" for c in ("1e+09", "3e+09") for d in (8, 16, 24)]
+    assert [r["name"] for r in result["runs"]] == [f"{c}-d{d}" for c in ("5e+08", "1e+09") for d in (8, 16, 24)]
     for record in result["runs"]:
         assert record["flops"] == pytest.approx(record["budget"], rel=0.1)
         assert 0 < record["loss"] < 6.3
