@@ -52,7 +52,7 @@ class BudgetConfig:
 
     Args:
         flops: of the training of each run, forward and backward (`3 * Transformer.flops_per_token`).
-        batch_size: samples of one update, the same for all sizes (section 3.2.1).
+        batch_size: rows of one update, the same for all sizes (section 3.2.1).
         sizes: names of the sizes to train; empty: all.
     """
 
@@ -115,7 +115,7 @@ class ScalingLawRecipe(PretrainRecipe):
 
     Args:
         sizes, budgets: every budget with each of its sizes is a run.
-        held_out: shards of documents (`txt`) that no run trains on; their loss is what is fitted.
+        held_out: documents (`txt`) that no run trains on, all that its sources have; their loss is what is fitted.
         targets: budgets in FLOPs for which to predict the optimum.
         resamples: of the bootstrap.
         workers: runs at a time, each in a process of its own with its share of the cores; 0 makes them one after
@@ -126,7 +126,6 @@ class ScalingLawRecipe(PretrainRecipe):
 
     sizes: list[SizeConfig]
     budgets: list[BudgetConfig]
-    held_out: str
     targets: list[float] = field(default_factory=list)
     resamples: int = 1000
     workers: int = 0
@@ -134,6 +133,10 @@ class ScalingLawRecipe(PretrainRecipe):
     made: MadeData | None = None
 
     def __post_init__(self) -> None:
+        if self.held_out is None or not self.held_out.sources:
+            raise ValueError("held_out: a sweep needs documents to measure its models on")
+        if self.phases:
+            raise ValueError("phases: the runs of a sweep have one batch size each; leave them out")
         _require(self.workers >= 0, "workers", "at least 0", self.workers)
         _require(self.resamples >= 1, "resamples", "at least 1", self.resamples)
         _require(all(target > 0 for target in self.targets), "targets", "above 0", self.targets)
@@ -150,6 +153,11 @@ class ScalingLawRecipe(PretrainRecipe):
                 size.model(self.model)
             except ValueError as error:
                 raise ValueError(f"sizes[{i}]: {error}") from None
+
+    @property
+    def held_out_shards(self) -> list[str]:
+        assert self.held_out is not None
+        return [source.shards for source in self.held_out.sources]
 
     def sizes_of(self, budget: BudgetConfig) -> list[SizeConfig]:
         return [size for size in self.sizes if not budget.sizes or size.name in budget.sizes]

@@ -120,7 +120,7 @@ def _forecast(
         for r in records
     }
     optimal = [scored.pop(curve.best_run.name) for curve in law.curves if not curve.fault]
-    questions = word_orders(read_documents(recipe.held_out), config)
+    questions = word_orders(read_documents(recipe.held_out_shards), config)
     others = list(scored.values())
     for path in config.others:
         answers = answer(*load_text(path), questions)

@@ -30,8 +30,9 @@ from ...train.run_directory import RunDirectoryError, differences
 from .. import pretrain
 from ..model import Transformer
 from ..model_directory import load_text
-from ..pretrain import PretrainRecipe, TextCollator, prepare_tokenizer
-from ..rows import IGNORE
+from ..pretrain import PretrainRecipe, prepare_tokenizer
+from ..row_loader import Encode
+from ..row_stage import document_encoder
 from ..tokenizer import Tokenizer
 from .fit import ScalingLawError
 from .heldout import answer, measure, word_orders
@@ -51,10 +52,10 @@ class Point:
         run_dir: its own.
         budget: C in FLOPs.
         flops_per_token: of training: three times the forward pass of the model, at half a row of context, masks
-            between documents not discounted.
+            between documents not discounted. Every position of a row costs it, padding too.
         epochs: passes over the source that is repeated most.
         recipe: what `text.pretrain` runs.
-        held_out, forecast: what the model is measured on.
+        held_out: shards of the documents that the model is measured on. forecast: the questions on them.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Point:
     flops_per_token: int
     epochs: float
     recipe: PretrainRecipe
-    held_out: str
+    held_out: list[str]
     forecast: ForecastConfig | None
 
 
@@ -86,28 +87,29 @@ def plan(recipe: ScalingLawRecipe, run_dir: Path) -> list[Point]:
         raise ScalingLawError("data.sources is empty; name at least one set of shards")
     total = sum(source.weight for source in recipe.data.sources)
     shares = [source.weight / total for source in recipe.data.sources]
-    collate = TextCollator(Tokenizer.load(recipe.tokenizer), recipe.data.row_length)
-    targets = sum(share * mean_targets(reader, collate) for share, reader in zip(shares, readers, strict=True))
-    passes = max(share / len(reader) for share, reader in zip(shares, readers, strict=True))
+    encode = document_encoder(Tokenizer.load(recipe.tokenizer))
+    # How often one token of a run passes over its source, of the source that is repeated most.
+    passes = max(
+        share / (len(reader) * mean_tokens(reader, encode)) for share, reader in zip(shares, readers, strict=True)
+    )
     sized = [(budget, size) for budget in recipe.budgets for size in recipe.sizes_of(budget)]
-    return [_point(recipe, run_dir, budget, size, targets, passes) for budget, size in sized]
+    return [_point(recipe, run_dir, budget, size, passes) for budget, size in sized]
 
 
-def mean_targets(reader: ShardReader, collate: TextCollator) -> float:
-    """Tokens of a sample that count in the loss, on average over evenly spread ones."""
+def mean_tokens(reader: ShardReader, encode: Encode) -> float:
+    """Tokens of a sample, on average over evenly spread ones."""
     step = -(-len(reader) // _COUNTED)
-    counts = [int((collate([(i, reader[i])]).labels != IGNORE).sum()) for i in range(0, len(reader), step)]
+    counts = [len(tokens) for tokens in encode([reader[i] for i in range(0, len(reader), step)])]
     return sum(counts) / len(counts)
 
 
-def _point(
-    recipe: ScalingLawRecipe, run_dir: Path, budget: BudgetConfig, size: SizeConfig, targets: float, passes: float
-) -> Point:
+def _point(recipe: ScalingLawRecipe, run_dir: Path, budget: BudgetConfig, size: SizeConfig, passes: float) -> Point:
     name = f"{budget.name}-{size.name}"
     config = size.model(recipe.model)
     with torch.device("meta"):
         flops = 3 * Transformer(config).flops_per_token(recipe.data.row_length / 2)
-    steps = round(budget.flops / (flops * targets * budget.batch_size))
+    positions = budget.batch_size * recipe.data.row_length
+    steps = round(budget.flops / (flops * positions))
     if steps <= 2 * recipe.schedule.warmup_steps:
         raise ScalingLawError(
             f"run {name}: {budget.flops:.3g} FLOPs make {steps} updates of this size, of which "
@@ -124,15 +126,16 @@ def _point(
         "model": config,
         "optimizer": dataclasses.replace(recipe.optimizer, lr=recipe.optimizer.lr * size.lr_scale),
         "trainer": dataclasses.replace(recipe.trainer, steps=steps, batch_size=budget.batch_size),
+        "held_out": None,  # measured at the end, with more than the loss
     }
     return Point(
         name=name,
         run_dir=run_dir / "runs" / name,
         budget=budget.flops,
         flops_per_token=flops,
-        epochs=steps * budget.batch_size * passes,
+        epochs=steps * positions * passes,
         recipe=PretrainRecipe(**own),
-        held_out=recipe.held_out,
+        held_out=recipe.held_out_shards,
         # The other models are measured apart: one more is no reason to measure this one again.
         forecast=recipe.forecast and dataclasses.replace(recipe.forecast, others=[]),
     )
@@ -208,8 +211,9 @@ def measure_point(point: Point, trained: dict[str, Any]) -> dict[str, Any]:
         answers = dataclasses.asdict(answer(model, tokenizer, word_orders(documents, point.forecast)))
     record = _head(point) | {
         "parameters": trained["parameters"],
+        "samples": trained["samples"],
         "tokens": trained["tokens"],
-        "flops": trained["tokens"] * point.flops_per_token,
+        "flops": trained["samples"] * point.recipe.data.row_length * point.flops_per_token,
         "loss": held_out.per_token,
         "nll_per_character": held_out.per_character,
         "nll_per_byte": held_out.per_byte,
@@ -220,9 +224,9 @@ def measure_point(point: Point, trained: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def read_documents(shards: str) -> list[str]:
+def read_documents(shards: Sequence[str]) -> list[str]:
     """The texts of the samples with a `txt` member."""
-    return [sample.text("txt") for sample in ShardReader(shards)]
+    return [sample.text("txt") for pattern in shards for sample in ShardReader(pattern)]
 
 
 def run_points(points: Sequence[Point], workers: int) -> list[dict[str, Any]]:

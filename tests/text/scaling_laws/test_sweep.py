@@ -10,6 +10,7 @@ from herdkit.cli import main
 from herdkit.data.shards import ShardWriter
 from herdkit.data.sources import DataConfig, SourceConfig
 from herdkit.text import Transformer, TransformerConfig
+from herdkit.text.held_out import HeldOutConfig
 from herdkit.text.model_directory import save_text
 from herdkit.text.scaling_laws import (
     BudgetConfig,
@@ -51,7 +52,8 @@ def recipe(data):
         stage="text.scaling_laws",
         model=TransformerConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16, vocab_size=512, max_seq_len=64),
         data=DataConfig(sources=[SourceConfig(shards=str(data / "train" / "*.tar"))], row_length=64),
-        held_out=str(data / "new" / "*.tar"),
+        window=16,
+        held_out=HeldOutConfig(sources=[SourceConfig(shards=str(data / "new" / "*.tar"))]),
         optimizer=OptimizerConfig(lr=1e-2),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=2, final_fraction=0.1),
         trainer=TrainerConfig(steps=1000, batch_size=1, checkpoint_every=1000),
@@ -74,8 +76,9 @@ def trained(monkeypatch):
         names.append(run_dir.name)
         model = Transformer(recipe.model)
         save_text(model, Tokenizer.load(recipe.tokenizer), run_dir / "model")
-        tokens = 1000 * recipe.trainer.steps
-        return {"parameters": model.parameter_table()["total"], "tokens": tokens, "wall_seconds": 1.0}
+        steps = recipe.trainer.steps
+        total = model.parameter_table()["total"]
+        return {"parameters": total, "tokens": 1000 * steps, "samples": 16 * steps, "wall_seconds": 1.0}
 
     # The loss depends on the size alone, with the best in the middle.
     def measure(model, tokenizer, documents, row_length):
@@ -114,13 +117,13 @@ def test_a_budget_may_train_a_part_of_the_sizes(recipe, tmp_path):
 
 
 def test_a_run_that_cannot_be_is_refused_before_any_is_trained(recipe, tmp_path, trained):
-    recipe.schedule.warmup_steps = 8
+    recipe.schedule.warmup_steps = 17
     with pytest.raises(
-        ScalingLawError, match=r"run 1e\+09-d24: 1e\+09 FLOPs make \d+ updates of this size, of which 8"
+        ScalingLawError, match=r"run 1e\+09-d24: 1e\+09 FLOPs make \d+ updates of this size, of which 17"
     ):
         run(recipe, tmp_path)
-    recipe.schedule.warmup_steps, recipe.trainer.steps = 2, 100
-    with pytest.raises(ScalingLawError, match=r"run 3e\+09-d8: .* trainer.steps allows 100"):
+    recipe.schedule.warmup_steps, recipe.trainer.steps = 2, 200
+    with pytest.raises(ScalingLawError, match=r"run 3e\+09-d8: .* trainer.steps allows 200"):
         run(recipe, tmp_path)
     assert trained[0] == []
 
