@@ -23,7 +23,7 @@ class HeldOutConfig:
     Args:
         sources: each is measured on its own; `weight` has no meaning here.
         samples: of each source at most, its first.
-        row_length: tokens of a row; None: that of training. Longer documents are cut.
+        row_length: tokens of a row, at least 2; None: that of training. Longer documents are cut.
         batch_size: rows at a time.
     """
 
@@ -51,7 +51,8 @@ class HeldOut:
             reader = ShardReader(source.shards)
             pieces, owners = [], []
             for owner, tokens in enumerate(encode([reader[i] for i in range(min(config.samples, len(reader)))])):
-                for start in range(0, len(tokens), length):
+                # A piece but the first begins with the last token of the one before: every token is predicted once.
+                for start in range(0, max(1, len(tokens) - 1), length - 1):
                     piece = tokens[start : start + length]
                     pieces.append(Document(piece, [True] * len(piece)))
                     owners.append(owner)

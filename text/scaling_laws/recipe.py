@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..held_out import HeldOutConfig
 from ..model import TransformerConfig
 from ..pretrain import PretrainRecipe
 
@@ -115,7 +116,7 @@ class ScalingLawRecipe(PretrainRecipe):
 
     Args:
         sizes, budgets: every budget with each of its sizes is a run.
-        held_out: documents (`txt`) that no run trains on, all that its sources have; their loss is what is fitted.
+        held_out: documents (`txt`) that no run trains on; their loss, over all sources together, is what is fitted.
         targets: budgets in FLOPs for which to predict the optimum.
         resamples: of the bootstrap.
         workers: runs at a time, each in a process of its own with its share of the cores; 0 makes them one after
@@ -155,9 +156,10 @@ class ScalingLawRecipe(PretrainRecipe):
                 raise ValueError(f"sizes[{i}]: {error}") from None
 
     @property
-    def held_out_shards(self) -> list[str]:
+    def measured_on(self) -> HeldOutConfig:
+        """`held_out`, with the rows of training."""
         assert self.held_out is not None
-        return [source.shards for source in self.held_out.sources]
+        return dataclasses.replace(self.held_out, row_length=self.held_out.row_length or self.data.row_length)
 
     def sizes_of(self, budget: BudgetConfig) -> list[SizeConfig]:
         return [size for size in self.sizes if not budget.sizes or size.name in budget.sizes]

@@ -18,8 +18,8 @@ from ...train.recipe import Stage
 from ..model_directory import load_text
 from .fit import IsoFlopCurve, Measurement, ScalingLaw, fit_scaling_law, isoflop_curves
 from .forecast import Scored, fit_forecast
-from .heldout import answer, word_orders
 from .plots import plot_forecast, plot_isoflops, plot_power_law
+from .questions import answer, word_orders
 from .recipe import ForecastConfig, ScalingLawRecipe
 from .sweep import plan, read_documents, run_points
 
@@ -120,7 +120,7 @@ def _forecast(
         for r in records
     }
     optimal = [scored.pop(curve.best_run.name) for curve in law.curves if not curve.fault]
-    questions = word_orders(read_documents(recipe.held_out_shards), config)
+    questions = word_orders(read_documents(recipe.measured_on), config)
     others = list(scored.values())
     for path in config.others:
         answers = answer(*load_text(path), questions)

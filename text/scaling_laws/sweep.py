@@ -28,6 +28,7 @@ from ...train.parallel import on_first, rank
 from ...train.progress import ProgressLine
 from ...train.run_directory import RunDirectoryError, differences
 from .. import pretrain
+from ..held_out import HeldOut, HeldOutConfig
 from ..model import Transformer
 from ..model_directory import load_text
 from ..pretrain import PretrainRecipe, prepare_tokenizer
@@ -35,7 +36,7 @@ from ..row_loader import Encode
 from ..row_stage import document_encoder
 from ..tokenizer import Tokenizer
 from .fit import ScalingLawError
-from .heldout import answer, measure, word_orders
+from .questions import answer, word_orders
 from .recipe import BudgetConfig, ForecastConfig, ScalingLawRecipe, SizeConfig
 
 RECORD, LOG = "measured.json", "log.txt"
@@ -55,7 +56,7 @@ class Point:
             between documents not discounted. Every position of a row costs it, padding too.
         epochs: passes over the source that is repeated most.
         recipe: what `text.pretrain` runs.
-        held_out: shards of the documents that the model is measured on. forecast: the questions on them.
+        held_out, forecast: what the model is measured on.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Point:
     flops_per_token: int
     epochs: float
     recipe: PretrainRecipe
-    held_out: list[str]
+    held_out: HeldOutConfig
     forecast: ForecastConfig | None
 
 
@@ -135,7 +136,7 @@ def _point(recipe: ScalingLawRecipe, run_dir: Path, budget: BudgetConfig, size: 
         flops_per_token=flops,
         epochs=steps * positions * passes,
         recipe=PretrainRecipe(**own),
-        held_out=recipe.held_out_shards,
+        held_out=recipe.measured_on,
         # The other models are measured apart: one more is no reason to measure this one again.
         forecast=recipe.forecast and dataclasses.replace(recipe.forecast, others=[]),
     )
@@ -193,7 +194,7 @@ def _head(point: Point) -> dict[str, Any]:
         "steps": point.recipe.trainer.steps,
         "epochs": point.epochs,
         "recipe": as_dict(point.recipe),
-        "measured_on": {"held_out": point.held_out, "forecast": point.forecast and as_dict(point.forecast)},
+        "measured_on": {"held_out": as_dict(point.held_out), "forecast": point.forecast and as_dict(point.forecast)},
     }
 
 
@@ -205,7 +206,7 @@ def measure_point(point: Point, trained: dict[str, Any]) -> dict[str, Any]:
     """
     model, tokenizer = load_text(point.run_dir / "model")
     documents = read_documents(point.held_out)
-    held_out = measure(model, tokenizer, documents, point.recipe.data.row_length)
+    loss, tokens = measure(model, tokenizer, point.held_out)
     answers = None
     if point.forecast is not None:
         answers = dataclasses.asdict(answer(model, tokenizer, word_orders(documents, point.forecast)))
@@ -214,9 +215,9 @@ def measure_point(point: Point, trained: dict[str, Any]) -> dict[str, Any]:
         "samples": trained["samples"],
         "tokens": trained["tokens"],
         "flops": trained["samples"] * point.recipe.data.row_length * point.flops_per_token,
-        "loss": held_out.per_token,
-        "nll_per_character": held_out.per_character,
-        "nll_per_byte": held_out.per_byte,
+        "loss": loss / tokens,
+        "nll_per_character": loss / sum(map(len, documents)),
+        "nll_per_byte": loss / sum(len(text.encode()) for text in documents),
         "answers": answers,
         "wall_seconds": trained["wall_seconds"],
     }
@@ -224,9 +225,18 @@ def measure_point(point: Point, trained: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def read_documents(shards: Sequence[str]) -> list[str]:
-    """The texts of the samples with a `txt` member."""
-    return [sample.text("txt") for pattern in shards for sample in ShardReader(pattern)]
+def measure(model: Transformer, tokenizer: Tokenizer, config: HeldOutConfig) -> tuple[float, float]:
+    """The summed loss of all held-out documents, in nats, and their number of targets."""
+    assert config.row_length is not None
+    held_out = HeldOut(config, document_encoder(tokenizer), tokenizer.pad_id, config.row_length)
+    loss, tokens = torch.cat(list(held_out.document_losses(model).values())).sum(0).tolist()
+    return loss, tokens
+
+
+def read_documents(config: HeldOutConfig) -> list[str]:
+    """The texts of the samples that are measured."""
+    readers = [ShardReader(source.shards) for source in config.sources]
+    return [reader[i].text("txt") for reader in readers for i in range(min(config.samples, len(reader)))]
 
 
 def run_points(points: Sequence[Point], workers: int) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ from herdkit.text.scaling_laws import (
     study,
 )
 from herdkit.text.scaling_laws import sweep as sweep_module
-from herdkit.text.scaling_laws.heldout import HeldOut
 from herdkit.text.scaling_laws.sweep import plan
 from herdkit.text.tokenizer import Tokenizer
 from herdkit.train import NonFiniteError, OptimizerConfig, RunDirectoryError, ScheduleConfig, TrainerConfig, dump
@@ -81,8 +80,8 @@ def trained(monkeypatch):
         return {"parameters": total, "tokens": 1000 * steps, "samples": 16 * steps, "wall_seconds": 1.0}
 
     # The loss depends on the size alone, with the best in the middle.
-    def measure(model, tokenizer, documents, row_length):
-        return HeldOut(nll=2.0 + abs(model.config.dim - 22) / 50, tokens=1, characters=1, bytes=1)
+    def measure(model, tokenizer, config):
+        return 2.0 + abs(model.config.dim - 22) / 50, 1.0
 
     monkeypatch.setattr(sweep_module.pretrain, "run", train)
     monkeypatch.setattr(sweep_module, "measure", measure)

@@ -1,4 +1,4 @@
-"""What a finished model makes of held-out documents: its loss, and how often it knows their words' order."""
+"""Questions made of held-out documents, on the order of their words, and what a model makes of them."""
 
 from __future__ import annotations
 
@@ -18,34 +18,6 @@ ROWS = 64
 """Rows of one forward pass."""
 _TRIES = 100
 """Orders drawn for a question; three words have six."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Negative log-likelihood of documents, in nats.
-
-    Args:
-        nll: of all tokens together.
-        tokens: predicted, the end of text of each document included.
-        characters, bytes: of the documents.
-    """
-
-    nll: float
-    tokens: int
-    characters: int
-    bytes: int
-
-    @property
-    def per_token(self) -> float:
-        return self.nll / self.tokens
-
-    @property
-    def per_character(self) -> float:
-        return self.nll / self.characters
-
-    @property
-    def per_byte(self) -> float:
-        return self.nll / self.bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +41,6 @@ class Answers:
 
     nll: float
     accuracy: float
-
-
-def measure(model: Transformer, tokenizer: Tokenizer, documents: Sequence[str], row_length: int) -> HeldOut:
-    """The loss of every token of every document, each counted once. A long document is cut into rows as in training;
-    each but the first begins with the last token of the one before, so that no token goes unpredicted."""
-    pieces = []
-    for text in documents:
-        tokens = [*tokenizer.encode(text, bos=True), tokenizer.eos_id]
-        for start in range(0, len(tokens) - 1, row_length - 1):
-            piece = tokens[start : start + row_length]
-            pieces.append(Document(piece, [True] * len(piece)))
-    losses, counts = zip(*row_losses(model, pieces, tokenizer.pad_id), strict=True)
-    return HeldOut(
-        nll=sum(losses),
-        tokens=sum(counts),
-        characters=sum(map(len, documents)),
-        bytes=sum(len(text.encode()) for text in documents),
-    )
 
 
 def word_orders(documents: Sequence[str], config: ForecastConfig, seed: int = 0) -> list[Question]:
