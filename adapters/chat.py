@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..data.dialogs import Message, parse_dialog
-from ..text.generate import Forward, generate, stream
-from ..text.model import KVCache
-from ..text.tokenizer import StreamDecoder, Tokenizer
+from ..text.cache import KVCache
+from ..text.generate import Forward, generate, stream_text
+from ..text.sampling import SamplingOptions
+from ..text.tokenizer import Tokenizer
 from .batching import DialogEncoder, Port
 from .contract import ModalityBatch
 
@@ -26,7 +27,8 @@ def reply(model: ComposedModel, messages: Dialog, **options: Any) -> str:
     Args:
         messages: `{"role": ..., "content": ...}` each; content is a string or a list of parts
             (`{"type": "text", "text": ...}`, `{"type": "image", "image": path, bytes or picture}`, ...).
-        options: `max_new_tokens` (256), `temperature` (0: greedy), `top_p` (1), `seed`.
+        options: `seed`, and the fields of `SamplingOptions`: `max_new_tokens` (256), `temperature` (0: greedy),
+            `top_k`, `top_p`, `min_p`, `stop_strings`.
 
     Raises:
         DialogError: the messages break the schema. MediaError: a medium cannot be read.
@@ -39,27 +41,25 @@ def stream_reply(model: ComposedModel, messages: Dialog, **options: Any) -> Iter
     """The same answer in pieces of whole characters, as they are generated. Errors arise at the call, not at
     the first piece."""
     prompts, inputs, tokenizer = encode_prompts(model, [messages])
-    tokens = stream(
-        model.text,
-        prompts[0],
-        stop_ids=tokenizer.stop_ids,
-        forward=decoder(model, inputs),
-        **{"max_new_tokens": 256, **options},
-    )
-    return decode_stream(tokenizer, tokens)
+    sampling, seed = _sampling(tokenizer, options)
+    return stream_text(model.text, tokenizer, prompts[0], sampling, seed=seed, forward=decoder(model, inputs))
 
 
 def reply_batch(model: ComposedModel, dialogs: Sequence[Dialog], **options: Any) -> list[str]:
     """`reply` to several dialogs at once, each as if it were alone."""
     prompts, inputs, tokenizer = encode_prompts(model, dialogs)
-    rows = generate(
-        model.text,
-        prompts,
-        stop_ids=tokenizer.stop_ids,
-        forward=decoder(model, inputs),
-        **{"max_new_tokens": 256, **options},
+    sampling, seed = _sampling(tokenizer, options)
+    completions = generate(
+        model.text, prompts, sampling, seed=seed, tokenizer=tokenizer, forward=decoder(model, inputs)
     )
-    return [tokenizer.decode(row) for row in rows]
+    return [completion.text(tokenizer, sampling.stop_strings) for completion in completions]
+
+
+def _sampling(tokenizer: Tokenizer, options: Mapping[str, Any]) -> tuple[SamplingOptions, int | None]:
+    """The options of a chat as those of the decoding loop, which end where the assistant's turn does, and the seed."""
+    fields = {"stop_ids": tokenizer.stop_ids, **options}
+    seed = fields.pop("seed", None)
+    return SamplingOptions(**fields), seed
 
 
 def encode_prompts(
@@ -98,12 +98,3 @@ def decoder(model: ComposedModel, inputs: Mapping[str, ModalityBatch]) -> Forwar
         return model.hidden(tokens, positions=positions, cache=composed)
 
     return forward
-
-
-def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer)
-    for token in tokens:
-        if piece := decoder.push(token):
-            yield piece
-    if rest := decoder.flush():
-        yield rest

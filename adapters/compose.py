@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..text.model import KVCache, Transformer
+from ..text.cache import KVCache
+from ..text.model import Transformer
 from ..text.tokenizer import Tokenizer
 from . import chat as chatting
 from .contract import Adapter, Contribution, ModalityBatch, Placements

@@ -1,7 +1,9 @@
 """The language model: architecture, vocabulary, chat format, decoding, other layouts."""
 
+from .cache import BranchedCache, KVCache
+from .completion import Completion
 from .dialog import EncodedDialog, encode_dialog, encode_prompt
-from .generate import generate, stream
+from .generate import generate, stream, stream_text
 from .interchange import (
     config_from_hf,
     config_from_meta,
@@ -10,16 +12,22 @@ from .interchange import (
     from_hf_state_dict,
     to_hf_state_dict,
 )
-from .model import KVCache, RopeScaling, Transformer, TransformerConfig
+from .model import RopeScaling, Transformer, TransformerConfig
 from .presets import ladder, preset
+from .sampling import SamplingOptions
+from .speculative import Speculation
 from .tokenizer import StreamDecoder, Tokenizer
 from .tools import Reply, parse_reply, system_preamble
 
 __all__ = [
+    "BranchedCache",
+    "Completion",
     "EncodedDialog",
     "KVCache",
     "Reply",
     "RopeScaling",
+    "SamplingOptions",
+    "Speculation",
     "StreamDecoder",
     "Tokenizer",
     "Transformer",
@@ -36,6 +44,7 @@ __all__ = [
     "parse_reply",
     "preset",
     "stream",
+    "stream_text",
     "system_preamble",
     "to_hf_state_dict",
 ]

@@ -1,15 +1,25 @@
-"""Decoding with a cache: batches of ragged prompts, greedy or sampled, whole or as a stream."""
+"""Decoding with a cache: batches of ragged prompts, several samples of each, whole or as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .model import KVCache, Transformer
+from .cache import BranchedCache, Cache, KVCache
+from .completion import Completion, Row, text_pieces
+from .model import Transformer
+from .sampling import SamplingOptions, log_probs, sample
+from .speculative import Speculation, speculative_steps
+from .tokenizer import Tokenizer
+
+PREFILL_TOKENS = 2048
+"""Prompts run through the model together up to so many tokens, padding included: more would only take memory."""
+STATIC_SLOTS = 256
+"""A static cache has a multiple of so many slots, so that requests of similar lengths share a compiled step."""
 
 
 class Forward(Protocol):
@@ -26,147 +36,240 @@ class Forward(Protocol):
         ...
 
 
+class CompiledStep(Protocol):
+    """A compiled step after the prompts, of fixed shapes (`herdkit.text.compiled.compile_step`)."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """(B, 1) tokens at (B, 1) positions with a static cache to hidden states (B, 1, D)."""
+        ...
+
+
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
+    options: SamplingOptions | None = None,
     *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
+    samples: int = 1,
+    seed: int | Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
     forward: Forward | None = None,
-) -> list[list[int]]:
+    step: CompiledStep | None = None,
+    speculation: Speculation | None = None,
+) -> list[Completion]:
     """Continues every prompt; a row does not depend on the others.
 
     Args:
         prompts: token ids, of any lengths.
-        max_new_tokens: at most so many for each prompt.
-        stop_ids: tokens that end a row; they are not part of the result, so a result of `max_new_tokens` was
-            cut off.
-        temperature: 0 takes the most probable token; otherwise the logits are divided by it.
-        top_p: sample among the smallest set of tokens with at least this probability together.
-        seed: row i draws from its own generator, seeded with `seed + i`; None draws a seed.
-        forward: in place of `model.hidden`.
+        options: default `SamplingOptions()`: greedy, 256 tokens, no stops.
+        samples: N, continuations of each prompt. The prompt is run once, and all of them read its keys and values in
+            one place; with `step` or `speculation` each gets a copy.
+        seed: of each prompt, or one number: prompt i then has `seed + i`; None draws one. The draws of sample n follow
+            from its prompt's seed and n alone.
+        tokenizer: needed for `options.stop_strings`.
+        forward: in place of `model.hidden`, with one sample a prompt.
+        step: in place of `model.hidden` after the prompts.
+        speculation: a draft model that proposes tokens.
+
+    Returns: P * N completions; sample n of prompt p is number p * N + n.
 
     Raises:
-        ValueError: an argument out of range, an empty prompt, more tokens than the model's `max_seq_len`.
+        ValueError: an argument out of range, an empty prompt, more tokens than the model's `max_seq_len`, arguments
+            that exclude each other.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p)
-    rows: list[list[int]] = [[] for _ in prompts]
-    if not rows:
-        return rows
-    for step in _decode(model, prompts, max_new_tokens, stop_ids, temperature, top_p, seed, forward):
-        for row, token in zip(rows, step, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
+    request = _Request(model, prompts, options, samples, seed, tokenizer, forward, step, speculation)
+    for _ in request.steps():
+        pass
+    return [row.completion for row in request.rows]
 
 
 def stream(
     model: Transformer,
     prompt: Sequence[int],
+    options: SamplingOptions | None = None,
     *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     seed: int | None = None,
+    tokenizer: Tokenizer | None = None,
     forward: Forward | None = None,
+    step: CompiledStep | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[int]:
-    """`generate` for one prompt, token by token (`StreamDecoder` turns them into text). Errors arise at the
-    call, not at the first token."""
-    _check(model, [prompt], max_new_tokens, temperature, top_p)
-    steps = _decode(model, [prompt], max_new_tokens, stop_ids, temperature, top_p, seed, forward)
-    return (token for (token,) in steps if token is not None)
+    """`generate` for one prompt, token by token. Errors arise at the call, not at the first token."""
+    request = _Request(model, [prompt], options, 1, seed, tokenizer, forward, step, speculation)
+
+    def tokens() -> Iterator[int]:
+        given, new = 0, request.rows[0].completion.tokens
+        for _ in request.steps():
+            yield from new[given:]
+            given = len(new)
+
+    return tokens()
 
 
-def sample(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """One token for each row by inversion of the cumulative distribution.
-
-    Args:
-        logits: (B, V).
-        uniform: (B,) float32 in [0, 1), the draws.
-        temperature: above 0. top_p: in (0, 1].
-
-    Returns: (B,) int64.
-    """
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = before < top_p
-    cumulative = torch.where(kept, probabilities, 0).cumsum(-1)
-    choice = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    choice = torch.minimum(choice, kept.sum(-1, keepdim=True) - 1)
-    return order.gather(-1, choice)[:, 0]
-
-
-def _check(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
-) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, but is {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-    if not all(prompts):
-        raise ValueError("a prompt is empty; begin with <|begin_of_text|>")
-    longest = max(map(len, prompts), default=0)
-    if longest + max_new_tokens > model.config.max_seq_len:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed max_seq_len "
-            f"({model.config.max_seq_len})"
-        )
-
-
-def _plain(model: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-    # Prompts stand at 0..T-1, the model's default, for which it takes the plain causal kernel.
-    prefill = tokens.shape[1] > 1
-    return model.hidden(tokens, positions=None if prefill else positions, cache=cache)
-
-
-@torch.inference_mode()
-def _decode(
+def stream_text(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    forward: Forward | None,
-) -> Iterator[list[int | None]]:
-    """Yields for each step the new token of every row, None for rows that have ended."""
-    weight = model.tok_embeddings.weight
-    device, dtype = weight.device, weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    seed = torch.Generator().seed() % 2**62 if seed is None else seed
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    stops = set(stop_ids)
-    forward = forward or partial(_plain, model)
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    options: SamplingOptions | None = None,
+    **arguments,
+) -> Iterator[str]:
+    """`stream` in pieces of text: whole characters, nothing of a stop string. Arguments as in `stream`."""
+    tokens = stream(model, prompt, options, tokenizer=tokenizer, **arguments)
+    return text_pieces(tokenizer, tokens, options.stop_strings if options else ())
 
-    longest = max(map(len, prompts))
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, dtype, device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    columns = torch.arange(longest, device=device).expand(len(prompts), -1)
-    hidden = forward(torch.tensor(padded, device=device), columns, cache)
-    # Only the last token of each prompt is projected: the logits of a whole prompt can outweigh the model.
-    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    positions = lengths
-    running = [True] * len(prompts)
-    for step in range(max_new_tokens):
-        logits = model.unembed(hidden)
-        if temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-            tokens = sample(logits, draws.to(device), temperature=temperature, top_p=top_p)
-        new = tokens.tolist()
-        running = [alive and token not in stops for alive, token in zip(running, new, strict=True)]
-        yield [token if alive else None for alive, token in zip(running, new, strict=True)]
-        if not any(running) or step == max_new_tokens - 1:
+
+class _Request:
+    """The arguments of `generate`, checked, and the rows that they become."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        options: SamplingOptions | None,
+        samples: int,
+        seed: int | Sequence[int] | None,
+        tokenizer: Tokenizer | None,
+        forward: Forward | None,
+        step: CompiledStep | None,
+        speculation: Speculation | None,
+    ):
+        self.model, self.prompts, self.samples = model, prompts, samples
+        self.options = options = options or SamplingOptions()
+        self.forward, self.step, self.speculation = forward, step, speculation
+        self._check(tokenizer)
+        self.rows = [Row(options, s, n, tokenizer) for s in self._seeds(seed) for n in range(samples)]
+
+    def _check(self, tokenizer: Tokenizer | None) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, not {self.samples}")
+        if not all(self.prompts):
+            raise ValueError("a prompt is empty; begin with <|begin_of_text|>")
+        if self.options.stop_strings and tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer")
+        if sum(way is not None for way in (self.forward, self.step, self.speculation)) > 1:
+            raise ValueError("give only one of forward, step and speculation")
+        if self.forward is not None and self.samples > 1:
+            raise ValueError("an own forward takes one sample a prompt; repeat the prompts and their inputs instead")
+        if self.speculation is not None:
+            self.speculation.check(self.model)
+        models = [self.model] if self.speculation is None else [self.model, self.speculation.draft]
+        longest, new = max(map(len, self.prompts), default=0), self.options.max_new_tokens
+        for model in models if longest else ():
+            if longest + new > model.config.max_seq_len:
+                raise ValueError(
+                    f"a prompt of {longest} tokens and {new} new ones exceed max_seq_len ({model.config.max_seq_len})"
+                )
+
+    def _seeds(self, seed: int | Sequence[int] | None) -> Sequence[int]:
+        if seed is None:
+            seed = int(np.random.default_rng().integers(2**62))
+        seeds = range(seed, seed + len(self.prompts)) if isinstance(seed, int) else seed
+        if len(seeds) != len(self.prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(self.prompts)} prompts")
+        if any(s < 0 for s in seeds):
+            raise ValueError(f"a seed must not be negative, but one is {min(seeds)}")
+        return seeds
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[None]:
+        """Runs the rows to their ends; between two steps each that runs has got at least one token."""
+        if not self.rows:
             return
-        hidden = forward(tokens[:, None], positions[:, None], cache)[:, 0]
-        positions = positions + 1
+        # Neighbours of like length make the least padding. An own forward knows its rows by their place.
+        order = list(range(len(self.prompts)))
+        if self.forward is None:
+            order.sort(key=lambda i: -len(self.prompts[i]))
+        prompts = [self.prompts[i] for i in order]
+        rows = [self.rows[i * self.samples + n] for i in order for n in range(self.samples)]
+        device = self.model.tok_embeddings.weight.device
+        positions = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(self.samples)
+        cache, hidden = self._prefill(self.model, prompts)
+        tokens = _next(self.model.unembed(hidden), rows, self.options)
+        yield
+        if self.speculation is not None:
+            draft_cache, _ = self._prefill(self.speculation.draft, prompts)
+            last = torch.tensor([prompt[-1] for prompt in prompts], device=device).repeat_interleave(self.samples)
+            pair = torch.stack([last, tokens], dim=1)
+            caches = (cache, draft_cache)
+            yield from speculative_steps(self.model, self.speculation, rows, pair, positions, caches, self.options)
+            return
+        forward = self.step or self.forward or self._plain
+        while True:
+            alive = [i for i, row in enumerate(rows) if row.running]
+            if not alive:
+                return
+            if forward == self._plain and isinstance(cache, KVCache) and len(alive) <= len(rows) // 2:
+                kept = torch.tensor(alive, device=device)
+                cache, tokens, positions = cache.rows(kept), tokens[kept], positions[kept]
+                rows = [rows[i] for i in alive]
+            hidden = forward(tokens[:, None], positions[:, None], cache)[:, 0]
+            tokens = _next(self.model.unembed(hidden), rows, self.options)
+            positions = positions + 1
+            yield
+
+    def _plain(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        return self.model.hidden(tokens, positions=positions, cache=cache)
+
+    def _prefill(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> tuple[KVCache | BranchedCache, Tensor]:
+        """A cache with the prompts and room for what follows, and the hidden states (P * N, D) at their ends."""
+        lengths, new = [len(prompt) for prompt in prompts], self.options.max_new_tokens
+        if self.speculation is not None:
+            new += self.speculation.length
+        longest = max(lengths)
+        if self.forward is not None:
+            cache = _cache(model, len(prompts), longest + new, growing=True)
+            tokens, columns = _padded(prompts, model), torch.arange(longest).expand(len(prompts), -1)
+            hidden = self.forward(tokens, columns.to(tokens.device), cache)
+            return cache, _last(hidden, lengths)
+        branched = self.samples > 1 and self.step is None and self.speculation is None
+        if branched:
+            cache = _cache(model, len(prompts), longest)
+        elif self.step is not None:
+            cache = _cache(model, len(prompts), -(-(longest + new) // STATIC_SLOTS) * STATIC_SLOTS, static=True)
+        else:
+            cache = _cache(model, len(prompts), longest + new, growing=True)
+        cache.reserve(longest)
+        found, start = [], 0
+        while start < len(prompts):
+            stop = start + max(1, PREFILL_TOKENS // lengths[start])
+            chunk = slice(start, stop)
+            # Only the last token of each prompt is projected: the logits of a whole prompt can outweigh the model.
+            found.append(_last(model.hidden(_padded(prompts[chunk], model), cache=cache.rows(chunk)), lengths[chunk]))
+            start = stop
+        hidden = torch.cat(found).repeat_interleave(self.samples, dim=0)
+        if branched:
+            own = _cache(model, len(hidden), new, growing=True)
+            return BranchedCache(cache, lengths, self.samples, own), hidden
+        if self.samples > 1:
+            cache = cache.rows(torch.arange(len(prompts), device=hidden.device).repeat_interleave(self.samples))
+        return cache, hidden
+
+
+def _cache(model: Transformer, rows: int, slots: int, **kind: bool) -> KVCache:
+    weight = model.tok_embeddings.weight
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return KVCache(model.config, rows, slots, dtype, weight.device, **kind)
+
+
+def _padded(prompts: Sequence[Sequence[int]], model: Transformer) -> Tensor:
+    longest = max(map(len, prompts))
+    rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    return torch.tensor(rows, device=model.tok_embeddings.weight.device)
+
+
+def _last(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(B, T, D) to (B, D), at the last token of each row."""
+    return hidden[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+
+
+def _next(logits: Tensor, rows: Sequence[Row], options: SamplingOptions) -> Tensor:
+    """Draws a token (B,) for every row from logits (B, V) and gives it to those that run."""
+    uniform = torch.zeros(len(rows))
+    if not options.greedy:
+        uniform = torch.tensor([row.draws.random(dtype=np.float32) for row in rows])
+    tokens = sample(logits, uniform.to(logits.device), options)
+    for row, token, log_prob in zip(rows, tokens.tolist(), log_probs(logits, tokens).tolist(), strict=True):
+        if row.running:
+            row.take(token, log_prob)
+    return tokens

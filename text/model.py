@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import BlockMask, DocumentRows, attend, see_own_document
+from .cache import Cache, Step
 from .rms_norm import rms_norm
 
 BeforeLayer = Callable[[int, Tensor], Tensor]
@@ -88,52 +89,14 @@ class TransformerConfig:
         return self.dim // self.n_heads
 
 
-class KVCache:
-    """Keys and values of every layer for decoding. Slot = position, so rows of unequal length need no
-    shifting: prompts are padded on the right, a query at position p sees slots 0..p of its row, and the slots
-    that padding filled are overwritten before any query can see them.
-
-    Args:
-        config: the model's.
-        batch: rows B.
-        max_len: slots S of a row.
-        dtype, device: of the stored tensors, `keys` and `values`, each (n_layers, B, S, G, Dh).
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        batch: int,
-        max_len: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ):
-        shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.max_len = max_len
-
-    def write_prefix(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Fills slots 0..T-1 of every row from (B, T, G, Dh)."""
-        self.keys[layer, :, : keys.shape[1]] = keys
-        self.values[layer, :, : keys.shape[1]] = values
-
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Fills slots (B, T) int64 from (B, T, G, Dh)."""
-        row = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        self.keys[layer, row, slots] = keys.to(self.keys.dtype)
-        self.values[layer, row, slots] = values.to(self.values.dtype)
-
-
 class Shared(NamedTuple):
     """What all layers of one forward pass share: the rotation (see `rotary_turns`), what positions see (see `attend`),
-    and, with a cache, the slots to write (None: 0..T-1) and how many to read."""
+    and, with a cache, what it planned (None: a prefill)."""
 
     turns: Tensor
     sees: Tensor | DocumentRows | BlockMask | None = None
-    cache: KVCache | None = None
-    slots: Tensor | None = None
-    length: int = 0
+    cache: Cache | None = None
+    step: Step | None = None
 
 
 def rotary_frequencies(config: TransformerConfig, device: torch.device | None = None) -> Tensor:
@@ -194,14 +157,10 @@ class Attention(nn.Module):
         q = rotate(self.wq(x).unflatten(-1, (self.n_heads, -1)), shared.turns)
         k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), shared.turns)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
-        cache = shared.cache
-        if cache is not None:
-            if shared.slots is None:
-                cache.write_prefix(self.layer, k, v)
-            else:
-                cache.write(self.layer, shared.slots, k, v)
-                k = cache.keys[self.layer, :, : shared.length].to(q.dtype)
-                v = cache.values[self.layer, :, : shared.length].to(q.dtype)
+        if shared.cache is not None:
+            if shared.step is not None:
+                return self.wo(shared.cache.attend(self.layer, q, k, v, shared.step).flatten(2))
+            shared.cache.write_prefix(self.layer, k, v)
         return self.wo(attend(q, k, v, shared.sees).flatten(2))
 
 
@@ -287,7 +246,7 @@ class Transformer(nn.Module):
         embeddings: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         before_layer: BeforeLayer | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of the next token at every position.
@@ -325,7 +284,7 @@ class Transformer(nn.Module):
         embeddings: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         before_layer: BeforeLayer | None = None,
     ) -> Tensor:
         """What `forward` projects to the vocabulary: (B, T, D) after the final norm. Same arguments."""
@@ -340,26 +299,21 @@ class Transformer(nn.Module):
             x = layer(x, shared)
         return self.norm(x)
 
-    def _shared(self, x: Tensor, positions: Tensor | None, documents: Tensor | None, cache: KVCache | None) -> Shared:
+    def _shared(self, x: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Shared:
         T, device = x.shape[1], x.device
         if self.config.max_seq_len < T:
             raise ValueError(f"a row of {T} tokens is longer than max_seq_len ({self.config.max_seq_len})")
         if cache is not None and documents is not None:
             raise ValueError("documents cannot be used with a cache: decode each document in its own row")
         steps = torch.arange(T, device=device)
-        sees, slots, length = None, None, T
+        sees = None
         if documents is not None:
             sees = see_own_document(documents)
             if positions is None:
                 positions = document_positions(documents)
-        if cache is not None:
-            if positions is not None:
-                slots, length = positions, int(positions.max()) + 1
-                sees = torch.arange(length, device=device) <= positions[:, None, :, None]
-            if length > cache.max_len:
-                raise ValueError(f"position {length - 1} is beyond the cache's {cache.max_len} slots")
+        step = None if cache is None else cache.plan(positions, T)
         turns = rotary_turns(self.config, steps if positions is None else positions)
-        return Shared(turns, sees, cache, slots, length)
+        return Shared(turns, sees, cache, step)
 
     def parameter_table(self) -> dict[str, int]:
         """Number of parameters by kind, and in all."""

@@ -1,9 +1,19 @@
 import pytest
 import torch
-from herdkit.text import generate, stream
-from herdkit.text.generate import sample
+from herdkit.text import SamplingOptions, generate, stream, stream_text
+from herdkit.text.compiled import compile_step
 
 PROMPTS = [[5, 9, 77, 3, 120, 8], [4], [33, 2, 64]]
+# Logits of these weights are wide; the temperature flattens them, so that the draws decide.
+HOT = SamplingOptions(max_new_tokens=12, temperature=20.0, top_p=0.95)
+
+
+def greedy(new, **options):
+    return SamplingOptions(max_new_tokens=new, **options)
+
+
+def tokens_of(completions):
+    return [completion.tokens for completion in completions]
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +24,7 @@ def model(make_model):
 class TestGreedy:
     def test_equals_transformers(self, model, make_hf):
         hf = make_hf(model)
-        ours = generate(model, PROMPTS, max_new_tokens=24, stop_ids=())
+        ours = tokens_of(generate(model, PROMPTS, greedy(24)))
         for prompt, row in zip(PROMPTS, ours, strict=True):
             ids = torch.tensor([prompt])
             out = hf.generate(
@@ -23,20 +33,41 @@ class TestGreedy:
             assert row == out[0, len(prompt) :].tolist()
         assert len({tuple(row) for row in ours}) == 3
 
-    def test_a_row_is_its_own_single_run(self, model):
-        together = generate(model, PROMPTS, max_new_tokens=20, stop_ids=())
-        assert together == [generate(model, [p], max_new_tokens=20, stop_ids=())[0] for p in PROMPTS]
+    @pytest.mark.parametrize("options", [greedy(20), HOT])
+    def test_a_row_is_its_own_single_run(self, model, options):
+        together = generate(model, PROMPTS, options, seed=[3, 1, 4])
+        for prompt, seed, row in zip(PROMPTS, [3, 1, 4], together, strict=True):
+            (alone,) = generate(model, [prompt], options, seed=seed)
+            assert row.tokens == alone.tokens
+            assert row.log_probs == pytest.approx(alone.log_probs, rel=1e-9)
 
-    def test_stops_before_the_stop_token_and_others_go_on(self, model):
-        free = generate(model, PROMPTS, max_new_tokens=20, stop_ids=())
-        stop = next(token for token in free[0] if token not in free[1])
-        stopped = generate(model, PROMPTS, max_new_tokens=20, stop_ids=[stop])
-        assert stopped[0] == free[0][: free[0].index(stop)]
-        assert stopped[1] == free[1]
+    def test_log_probs_are_those_of_the_full_forward(self, model):
+        for options in (greedy(10), HOT):
+            for prompt, row in zip(PROMPTS, generate(model, PROMPTS, options, seed=0), strict=True):
+                logits = model(torch.tensor([prompt + row.tokens]))[0, len(prompt) - 1 : -1]
+                expected = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
+                assert row.log_probs == pytest.approx(expected.tolist(), rel=1e-9)
+                assert row.log_prob == pytest.approx(expected.sum().item())
+
+    def test_rows_end_alone_and_the_others_go_on(self, model):
+        free = tokens_of(generate(model, PROMPTS, greedy(20)))
+        ends = [next(token for token in free[i] if not any(token in free[j] for j in others))
+                for i, others in ((0, (1, 2)), (2, (0, 1)))]  # fmt: skip
+        stopped = generate(model, PROMPTS, greedy(20, stop_ids=ends))
+        for i, end in zip((0, 2), ends, strict=True):
+            assert stopped[i].tokens == free[i][: free[i].index(end)]
+        assert stopped[1].tokens == free[1]
+        assert [row.ending for row in stopped] == ["stop_token", "length", "stop_token"]
+
+    def test_prompts_in_several_chunks(self, model, monkeypatch):
+        monkeypatch.setitem(generate.__globals__, "PREFILL_TOKENS", 4)
+        few = generate(model, PROMPTS, greedy(5))
+        monkeypatch.undo()
+        assert tokens_of(few) == tokens_of(generate(model, PROMPTS, greedy(5)))
 
     def test_stream_is_the_same_and_lazy(self, model):
-        expected = generate(model, PROMPTS[:1], max_new_tokens=10, stop_ids=())[0]
-        tokens = stream(model, PROMPTS[0], max_new_tokens=10, stop_ids=())
+        expected = generate(model, PROMPTS[:1], greedy(10))[0].tokens
+        tokens = stream(model, PROMPTS[0], greedy(10))
         first = next(tokens)
         # The consumer between two tokens is outside inference mode and can build a graph.
         assert not torch.is_inference_mode_enabled()
@@ -50,7 +81,7 @@ class TestGreedy:
             return unembed(hidden)
 
         monkeypatch.setattr(model, "unembed", spy)
-        generate(model, PROMPTS, max_new_tokens=3, stop_ids=())
+        generate(model, PROMPTS, greedy(3))
         assert shapes == [(3, 64)] * 3
 
     def test_own_forward(self, model):
@@ -60,46 +91,115 @@ class TestGreedy:
             calls.append((tokens.tolist(), positions.tolist()))
             return model.hidden(tokens, positions=positions, cache=cache)
 
-        own = generate(model, PROMPTS, max_new_tokens=3, stop_ids=(), forward=forward)
-        assert own == generate(model, PROMPTS, max_new_tokens=3, stop_ids=())
+        own = tokens_of(generate(model, PROMPTS, greedy(3), forward=forward))
+        assert own == tokens_of(generate(model, PROMPTS, greedy(3)))
         assert [row[: len(p)] for row, p in zip(calls[0][0], PROMPTS, strict=True)] == PROMPTS
         assert calls[0][1] == [list(range(6))] * 3
         assert [positions for _, positions in calls[1:]] == [[[6], [1], [3]], [[7], [2], [4]]]
         assert calls[1][0] == [[row[0]] for row in own]
 
+    def test_compiled_step(self, model, monkeypatch):
+        torch._dynamo.reset()
+        monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
+        step = compile_step(model, backend="eager")
+        for prompts in (PROMPTS, [p[::-1] for p in PROMPTS]):
+            given = generate(model, prompts, greedy(8), step=step)
+            assert tokens_of(given) == tokens_of(generate(model, prompts, greedy(8)))
 
-class TestSampling:
-    def test_top_p_keeps_what_transformers_keeps(self):
-        transformers = pytest.importorskip("transformers")
-        logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 2
-        for temperature, top_p in ((1.0, 0.9), (0.6, 0.9), (1.5, 0.3), (1.0, 1.0)):
-            warped = transformers.TemperatureLogitsWarper(temperature)(None, logits)
-            warped = transformers.TopPLogitsWarper(top_p)(None, warped)[0]
-            draws = torch.linspace(0, 1 - 1e-6, 20_000)
-            rows = logits.expand(len(draws), -1)
-            found = sample(rows, draws, temperature=temperature, top_p=top_p).bincount(minlength=50) / len(draws)
-            # The draws are an even grid, so that the shares are the probabilities themselves.
-            torch.testing.assert_close(found, warped.softmax(-1), atol=2e-4, rtol=0)
 
-    def test_the_last_draw_is_still_among_those_kept(self):
-        logits = torch.tensor([[0.0, 5.0, -torch.inf, 1.0]])
-        for top_p in (0.5, 0.999, 1.0):
-            token = sample(logits, torch.tensor([1 - 2**-24]), temperature=1.0, top_p=top_p)
-            assert token.item() in (0, 1, 3)
+class TestSeeds:
+    def test_draws_follow_from_the_seed_alone(self, model):
+        first = tokens_of(generate(model, PROMPTS, HOT, seed=7))
+        assert first == tokens_of(generate(model, PROMPTS, HOT, seed=[7, 8, 9]))
+        assert first != tokens_of(generate(model, PROMPTS, HOT, seed=8))
+        assert tokens_of(generate(model, PROMPTS, HOT)) != tokens_of(generate(model, PROMPTS, HOT))
 
-    def test_a_seed_gives_the_same_rows_alone_and_together(self, model):
-        # Logits of these weights are wide; the temperature flattens them, so that the draws decide.
-        options = {"max_new_tokens": 12, "stop_ids": (), "temperature": 20.0, "top_p": 0.95}
-        together = generate(model, PROMPTS, seed=7, **options)
-        assert together == generate(model, PROMPTS, seed=7, **options)
-        assert together[2] == generate(model, [PROMPTS[2]], seed=9, **options)[0]
-        assert together != generate(model, PROMPTS, seed=8, **options)
-        assert generate(model, PROMPTS, **options) != generate(model, PROMPTS, **options)
+    def test_samples_of_a_prompt_differ_and_do_not_depend_on_their_number(self, model):
+        eight = tokens_of(generate(model, PROMPTS, HOT, samples=8, seed=7))
+        assert len({tuple(row) for row in eight}) == 24
+        three = tokens_of(generate(model, PROMPTS[1:2], HOT, samples=3, seed=8))
+        assert three == eight[8:11]
+        assert eight[::8] == tokens_of(generate(model, PROMPTS, HOT, seed=7))
+
+    def test_samples_share_the_prompt(self, model, monkeypatch):
+        shapes = []
+        hidden = type(model).hidden
+
+        def spy(self, tokens, **arguments):
+            shapes.append(tuple(tokens.shape))
+            cache = arguments["cache"]
+            if len(shapes) > 1:
+                assert [cache.prompts.keys[0].shape[0], cache.own.keys[0].shape[0]] == [3, 15]
+            return hidden(self, tokens, **arguments)
+
+        monkeypatch.setattr(type(model), "hidden", spy)
+        generate(model, PROMPTS, greedy(3), samples=5)
+        assert shapes == [(3, 6), (15, 1), (15, 1)]
 
     def test_leaves_the_global_generator_alone(self, model):
         before = torch.get_rng_state()
-        generate(model, PROMPTS, max_new_tokens=2, stop_ids=(), temperature=1.0)
+        generate(model, PROMPTS, HOT)
         assert torch.equal(before, torch.get_rng_state())
+
+
+class TestText:
+    def spell(self, model, tokenizer, text):
+        """A forward after which the model says this text, byte by byte, whatever the prompt."""
+        script = [token for byte in text.encode() for token in [self.byte_token(tokenizer, byte)]] + [0] * 20
+
+        def forward(tokens, positions, cache):
+            calls.append(1)
+            hidden = torch.zeros(*tokens.shape, model.config.dim, dtype=torch.float64)
+            return hidden + script[len(calls) - 1]
+
+        calls = []
+        return forward
+
+    @staticmethod
+    def byte_token(tokenizer, byte):
+        return next(id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id) == bytes([byte]))
+
+    @pytest.fixture
+    def speaking(self, model, monkeypatch):
+        """A model whose logits are highest at the token that the hidden state names."""
+
+        def unembed(hidden):
+            return torch.nn.functional.one_hot(hidden[..., 0].long(), 1024).double()
+
+        monkeypatch.setattr(model, "unembed", unembed)
+        return model
+
+    @pytest.mark.parametrize(
+        ("said", "stops", "text"),
+        [
+            ("one STOP two", ["STOP"], "one "),
+            ("one STO STOP two", ["STOP", "never"], "one STO "),
+            ("blöd 😀 end", ["😀"], "blöd "),
+            ("aab", ["ab", "aab"], ""),
+            ("ababac", ["abac"], "ab"),
+            ("one", ["e STOP"], "one"),
+        ],
+    )
+    def test_stop_strings_over_several_tokens(self, speaking, tokenizer, said, stops, text):
+        options = greedy(max(len(said.encode()), 1), stop_strings=stops)
+        forward = self.spell(speaking, tokenizer, said)
+        (row,) = generate(speaking, [[1]], options, tokenizer=tokenizer, forward=forward)
+        assert row.text(tokenizer, stops) == text
+        assert row.ending == ("length" if text == said else "stop_string")
+        # The tokens end with the one that completed the string.
+        spoken = bytes(b"".join(map(tokenizer.token_bytes, row.tokens))).decode()
+        assert spoken == said[: len(spoken)]
+        assert text == said or any(spoken.endswith(stop) for stop in stops)
+
+        forward = self.spell(speaking, tokenizer, said)
+        pieces = list(stream_text(speaking, tokenizer, [1], options, forward=forward))
+        assert "".join(pieces) == text
+        assert "\ufffd" not in "".join(pieces)
+
+    def test_pieces_come_as_soon_as_they_are_certain(self, speaking, tokenizer):
+        options = greedy(9, stop_strings=["bcd"])
+        pieces = stream_text(speaking, tokenizer, [1], options, forward=self.spell(speaking, tokenizer, "abcébcd😀"))
+        assert list(pieces) == ["a", "bc", "é"]
 
 
 @pytest.mark.parametrize(
@@ -107,19 +207,30 @@ class TestSampling:
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"stop_strings": "STOP"}, "stop_strings"),
+        ({"stop_strings": ["a"]}, "need the tokenizer"),
         ({"max_new_tokens": 60}, "max_seq_len"),
         ({"prompts": [[1], []]}, "empty"),
+        ({"samples": 0}, "samples"),
+        ({"seed": [1]}, "1 seeds for 3 prompts"),
+        ({"seed": -3}, "negative"),
     ],
 )
 def test_wrong_arguments(model, changes, message):
-    options = {"prompts": PROMPTS, "max_new_tokens": 4, "stop_ids": ()} | changes
+    arguments = {"prompts": PROMPTS} | changes
+    around = {name: arguments.pop(name) for name in ("prompts", "samples", "seed") if name in arguments}
     with pytest.raises(ValueError, match=message):
-        generate(model, options.pop("prompts"), **options)
-    with pytest.raises(ValueError, match=message):
-        # At the call: nothing is drawn from the iterator.
-        stream(model, [] if "prompts" in changes else PROMPTS[0], **options)
+        generate(model, options=SamplingOptions(**{"max_new_tokens": 4} | arguments), **around)
+
+
+def test_errors_of_a_stream_arise_at_the_call(model):
+    with pytest.raises(ValueError, match="empty"):
+        stream(model, [], greedy(4))
 
 
 def test_no_prompts(model):
-    assert generate(model, [], max_new_tokens=4, stop_ids=()) == []
+    assert generate(model, []) == []
