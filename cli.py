@@ -119,10 +119,24 @@ def build_parser() -> argparse.ArgumentParser:
         chat_parser.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help="may be repeated")
     chat_parser.add_argument("--prompt", help="one question; the answer is printed and the program ends")
     chat_parser.add_argument("--system", help="system prompt")
-    chat_parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
-    chat_parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    chat_parser.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
-    chat_parser.add_argument("--seed", type=int, default=None, help="of sampling")
+    add_sampling(chat_parser, max_new_tokens=128, seed=None)
+
+    generate_parser = command(
+        "generate",
+        generate,
+        "Continue every prompt of a file; the same command goes on where it was stopped.",
+        "herdkit generate runs/tiny-herd/model prompts.jsonl --out answers.jsonl --samples 4 --temperature 0.7",
+    )
+    generate_parser.add_argument("model", type=Path, help="model directory")
+    generate_parser.add_argument(
+        "prompts", type=Path, help='.jsonl with "prompt" or "messages" (and "id", "seed") in a line, or a text a line'
+    )
+    generate_parser.add_argument("--out", type=Path, required=True, help=".jsonl to write, in the order of the prompts")
+    generate_parser.add_argument("--samples", type=int, default=1, help="completions of each prompt (%(default)s)")
+    generate_parser.add_argument("--batch-size", type=int, default=16, help="prompts that run together (%(default)s)")
+    generate_parser.add_argument("--draft", type=Path, help="smaller model of the same vocabulary, which speeds it up")
+    generate_parser.add_argument("--draft-tokens", type=int, default=4, help="it proposes at a time (%(default)s)")
+    add_sampling(generate_parser, max_new_tokens=256, seed=0)
 
     convert_parser = command(
         "convert",
@@ -138,6 +152,23 @@ def build_parser() -> argparse.ArgumentParser:
     convert_parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="huggingface (%(default)s)")
     convert_parser.add_argument("--model-parallel", type=int, default=1, help="meta: number of files (%(default)s)")
     return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, seed: int | None) -> None:
+    add = parser.add_argument_group("generation").add_argument
+    add("--max-new-tokens", type=int, default=max_new_tokens, help="(%(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    add("--top-k", type=int, metavar="K", help="only the K most probable tokens")
+    add("--top-p", type=float, default=1.0, help="only the most probable tokens of this share (%(default)s)")
+    add("--min-p", type=float, default=0.0, help="only tokens with this part of the best one's probability")
+    add("--stop", dest="stop_strings", action="append", default=[], metavar="TEXT", help="ends it; may be repeated")
+    add("--seed", type=int, default=seed, help="of sampling")
+    add("--int8", action="store_true", help='weights of 8 bits (the extra "quantisation")')
+
+
+def sampling(options: argparse.Namespace) -> dict:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop_strings")
+    return {name: getattr(options, name) for name in names}
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -226,11 +257,45 @@ def scaling_laws(options: argparse.Namespace) -> None:
             print(json.dumps({key: result[key] for key in ("curves", "diverged", "law", "predictions", "forecast")}))
 
 
+def generate(options: argparse.Namespace) -> None:
+    from .text.generate_file import generate_file
+    from .text.model_directory import load_text
+    from .text.sampling import SamplingOptions
+    from .text.speculative import Speculation
+
+    settings = SamplingOptions(**sampling(options))
+    model, tokenizer = load_text(options.model)
+    speculation = None
+    if options.draft is not None:
+        speculation = Speculation(draft=load_text(options.draft)[0], length=options.draft_tokens)
+    if options.int8:
+        from .text.quantisation import quantise
+
+        quantise(model)
+    result = generate_file(
+        model,
+        tokenizer,
+        options.prompts,
+        options.out,
+        settings,
+        samples=options.samples,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        speculation=speculation,
+        settings={"model": str(options.model.resolve()), "draft": str(options.draft), "int8": options.int8},
+    )
+    print(json.dumps(result))
+
+
 def chat(options: argparse.Namespace) -> None:
     from .adapters.model_directory import load
 
     model = load(options.model)
-    settings = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    if options.int8:
+        from .text.quantisation import quantise
+
+        quantise(model.text)
+    settings = {**sampling(options), "seed": options.seed}
     messages: list[dict] = [{"role": "system", "content": options.system}] if options.system else []
     media = [{"type": kind, kind: file} for kind in ("image", "video", "audio") for file in getattr(options, kind)]
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .attention import BlockMask, DocumentRows, attend, see_own_document
 from .cache import Cache, Step
+from .linear import Linear, linear
 from .rms_norm import rms_norm
 
 BeforeLayer = Callable[[int, Tensor], Tensor]
@@ -148,10 +149,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_heads, self.n_kv_heads = layer, config.n_heads, config.n_kv_heads
         kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, config.dim)
+        self.wk = Linear(config.dim, kv_dim)
+        self.wv = Linear(config.dim, kv_dim)
+        self.wo = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         q = rotate(self.wq(x).unflatten(-1, (self.n_heads, -1)), shared.turns)
@@ -169,9 +170,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, ffn_dim, bias=False)
-        self.w2 = nn.Linear(ffn_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, ffn_dim, bias=False)
+        self.w1 = Linear(dim, ffn_dim)
+        self.w2 = Linear(ffn_dim, dim)
+        self.w3 = Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -200,7 +201,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerLayer(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.init_weights()
 
     @torch.no_grad()
@@ -237,7 +238,9 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm to logits (..., V)."""
-        return F.linear(hidden, self.output_weight)
+        if self.output is None:
+            return linear(hidden, self.tok_embeddings.weight)
+        return self.output(hidden)
 
     def forward(
         self,

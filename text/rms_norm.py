@@ -17,14 +17,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if not eager or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
+    if not torch.is_grad_enabled():
+        return (x * _scale(x, eps)).mul_(weight)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return mean_square.add_(eps).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 

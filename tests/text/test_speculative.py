@@ -27,7 +27,9 @@ def test_the_targets_own_proposals_all_stand(target, monkeypatch):
     calls = []
     hidden = type(target).hidden
     monkeypatch.setattr(
-        type(target), "hidden", lambda self, tokens, **rest: calls.append(tokens.shape[1]) or hidden(self, tokens, **rest)
+        type(target),
+        "hidden",
+        lambda self, tokens, **rest: calls.append(tokens.shape[1]) or hidden(self, tokens, **rest),
     )
     for temperature in (0.0, 2.0):
         calls.clear()
@@ -45,6 +47,7 @@ def test_the_distribution_is_that_of_the_target(make_model):
     options = SamplingOptions(max_new_tokens=3, temperature=1.0, top_p=0.98)
     samples = 6000
     rows = generate(target, [[3, 1]], options, samples=samples, seed=0, speculation=Speculation(draft=draft, length=2))
+
     def of(model, *prefixes):
         return distribution(model(torch.tensor([[3, 1, *prefix] for prefix in prefixes]))[:, -1], options)
 

@@ -1,0 +1,62 @@
+"""Weights of 8 bits for decoding: a quarter of the memory of float32 and, where reading the weights is what takes the
+time, up to a quarter of it. Needs the extra `quantisation` (torchao)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .linear import FEW_ROWS, Linear
+from .model import Transformer
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights and one scale for each output.
+
+    Args:
+        weight: (N, K) int8. scale: (N,) float; the weights are `weight * scale[:, None]`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        if rows <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled():
+            # The only kernel that reads int8 weights as they are takes bfloat16, with float32 sums.
+            short = x.reshape(rows, -1).bfloat16()
+            out = torch._weight_int8pack_mm(short, self.weight, self.scale.bfloat16())
+            return out.to(x.dtype).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
+def quantise(model: Transformer) -> Transformer:
+    """Rounds all matrices but the embedding to int8, each row by its own largest value; for decoding, not for training.
+    Rounding is by at most half a scale, that is 1/254 of the row's largest weight.
+
+    Args:
+        model: changed in place, and returned. An output projection tied to the embedding becomes one of its own.
+
+    Raises:
+        ModuleNotFoundError: torchao is not installed; names the extra.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('int8 weights need torchao: pip install "herdkit[quantisation]"') from error
+    if model.output is None:
+        model.output = Linear(model.config.dim, model.config.vocab_size)
+        model.output.weight = nn.Parameter(model.tok_embeddings.weight.detach().clone())
+    model.requires_grad_(False)
+    quantize_(model, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            rounded = module.weight
+            model.set_submodule(name, Int8Linear(rounded.qdata, rounded.scale[:, 0]))
+    return model
