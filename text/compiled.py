@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .generate import CompiledStep
+from .generate import Forward
 from .model import Transformer
 
 
-def compile_step(model: Transformer, backend: str = "inductor") -> CompiledStep:
+def compile_step(model: Transformer, backend: str = "inductor") -> Forward:
     """For `generate(..., step=...)`: `model.hidden` on one token a row, compiled when first used (20-60 s) and kept for
     as long as the function is, so make one and use it for all requests. The batch size should not change."""
 

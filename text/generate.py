@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,14 +36,6 @@ class Forward(Protocol):
         ...
 
 
-class CompiledStep(Protocol):
-    """A compiled step after the prompts, of fixed shapes (`herdkit.text.compiled.compile_step`)."""
-
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """(B, 1) tokens at (B, 1) positions with a static cache to hidden states (B, 1, D)."""
-        ...
-
-
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -53,7 +45,7 @@ def generate(
     seed: int | Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
     forward: Forward | None = None,
-    step: CompiledStep | None = None,
+    step: Forward | None = None,
     speculation: Speculation | None = None,
 ) -> list[Completion]:
     """Continues every prompt; a row does not depend on the others.
@@ -67,7 +59,7 @@ def generate(
             from its prompt's seed and n alone.
         tokenizer: needed for `options.stop_strings`.
         forward: in place of `model.hidden`, with one sample a prompt.
-        step: in place of `model.hidden` after the prompts.
+        step: in place of `model.hidden` after the prompts, with a static cache (`herdkit.text.compiled`).
         speculation: a draft model that proposes tokens.
 
     Returns: P * N completions; sample n of prompt p is number p * N + n.
@@ -90,7 +82,7 @@ def stream(
     seed: int | None = None,
     tokenizer: Tokenizer | None = None,
     forward: Forward | None = None,
-    step: CompiledStep | None = None,
+    step: Forward | None = None,
     speculation: Speculation | None = None,
 ) -> Iterator[int]:
     """`generate` for one prompt, token by token. Errors arise at the call, not at the first token."""
@@ -129,7 +121,7 @@ class _Request:
         seed: int | Sequence[int] | None,
         tokenizer: Tokenizer | None,
         forward: Forward | None,
-        step: CompiledStep | None,
+        step: Forward | None,
         speculation: Speculation | None,
     ):
         self.model, self.prompts, self.samples = model, prompts, samples
@@ -171,36 +163,47 @@ class _Request:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[None]:
-        """Runs the rows to their ends; between two steps each that runs has got at least one token."""
+        """Runs the rows to their ends; from one step to the next each that runs gets at least one token."""
         if not self.rows:
             return
         # Neighbours of like length make the least padding. An own forward knows its rows by their place.
         order = list(range(len(self.prompts)))
         if self.forward is None:
             order.sort(key=lambda i: -len(self.prompts[i]))
-        prompts = [self.prompts[i] for i in order]
-        rows = [self.rows[i * self.samples + n] for i in order for n in range(self.samples)]
-        device = self.model.tok_embeddings.weight.device
-        positions = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(self.samples)
+        prompts, N = [self.prompts[i] for i in order], self.samples
+        rows = [self.rows[i * N + n] for i in order for n in range(N)]
         cache, hidden = self._prefill(self.model, prompts)
-        tokens = _next(self.model.unembed(hidden), rows, self.options)
+        of_row = torch.arange(len(prompts), device=hidden.device).repeat_interleave(N)
+        tokens = _next(self.model.unembed(hidden[of_row]), rows, self.options)
+        positions = torch.tensor([len(prompt) for prompt in prompts], device=hidden.device)[of_row]
         yield
         if self.speculation is not None:
             draft_cache, _ = self._prefill(self.speculation.draft, prompts)
-            last = torch.tensor([prompt[-1] for prompt in prompts], device=device).repeat_interleave(self.samples)
-            pair = torch.stack([last, tokens], dim=1)
-            caches = (cache, draft_cache)
-            yield from speculative_steps(self.model, self.speculation, rows, pair, positions, caches, self.options)
-            return
-        forward = self.step or self.forward or self._plain
-        while True:
-            alive = [i for i, row in enumerate(rows) if row.running]
-            if not alive:
-                return
+            caches = (cache, draft_cache) if N == 1 else (cache.rows(of_row), draft_cache.rows(of_row))
+            last = torch.tensor([prompt[-1] for prompt in prompts], device=hidden.device)[of_row]
+            pairs = torch.stack([last, tokens], dim=1)
+            yield from speculative_steps(self.model, self.speculation, rows, pairs, positions, caches, self.options)
+        elif self._branched:
+            own = _cache(self.model, len(rows), self.options.max_new_tokens, growing=True)
+            branches = BranchedCache(cache, [len(prompt) for prompt in prompts], N, own)
+            yield from self._decode(self._plain, rows, tokens, positions, branches)
+        else:
+            cache = cache if N == 1 else cache.rows(of_row)
+            yield from self._decode(self.step or self.forward or self._plain, rows, tokens, positions, cache)
+
+    def _decode(
+        self, forward: Callable[..., Tensor], rows: Sequence[Row], tokens: Tensor, positions: Tensor, cache: Cache
+    ) -> Iterator[None]:
+        """One token a row and step. tokens, positions: (B,), the newest of each row."""
+        while alive := [i for i, row in enumerate(rows) if row.running]:
             if forward == self._plain and isinstance(cache, KVCache) and len(alive) <= len(rows) // 2:
-                kept = torch.tensor(alive, device=device)
-                cache, tokens, positions = cache.rows(kept), tokens[kept], positions[kept]
-                rows = [rows[i] for i in alive]
+                kept = torch.tensor(alive, device=tokens.device)
+                rows, tokens, positions, cache = (
+                    [rows[i] for i in alive],
+                    tokens[kept],
+                    positions[kept],
+                    cache.rows(kept),
+                )
             hidden = forward(tokens[:, None], positions[:, None], cache)[:, 0]
             tokens = _next(self.model.unembed(hidden), rows, self.options)
             positions = positions + 1
@@ -209,39 +212,30 @@ class _Request:
     def _plain(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         return self.model.hidden(tokens, positions=positions, cache=cache)
 
-    def _prefill(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> tuple[KVCache | BranchedCache, Tensor]:
-        """A cache with the prompts and room for what follows, and the hidden states (P * N, D) at their ends."""
-        lengths, new = [len(prompt) for prompt in prompts], self.options.max_new_tokens
-        if self.speculation is not None:
-            new += self.speculation.length
-        longest = max(lengths)
-        if self.forward is not None:
-            cache = _cache(model, len(prompts), longest + new, growing=True)
-            tokens, columns = _padded(prompts, model), torch.arange(longest).expand(len(prompts), -1)
-            hidden = self.forward(tokens, columns.to(tokens.device), cache)
-            return cache, _last(hidden, lengths)
-        branched = self.samples > 1 and self.step is None and self.speculation is None
-        if branched:
-            cache = _cache(model, len(prompts), longest)
-        elif self.step is not None:
-            cache = _cache(model, len(prompts), -(-(longest + new) // STATIC_SLOTS) * STATIC_SLOTS, static=True)
-        else:
-            cache = _cache(model, len(prompts), longest + new, growing=True)
+    @property
+    def _branched(self) -> bool:
+        return self.samples > 1 and self.step is None and self.speculation is None
+
+    def _prefill(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, Tensor]:
+        """A cache with the prompts and room for what follows, and the hidden states (P, D) at their ends."""
+        lengths, longest, slots = [len(p) for p in prompts], max(map(len, prompts)), 0
+        if not self._branched:
+            slots = self.options.max_new_tokens + (self.speculation.length if self.speculation else 0)
+        if self.step is not None:
+            slots = -(-(longest + slots) // STATIC_SLOTS) * STATIC_SLOTS - longest
+        cache = _cache(model, len(prompts), longest + slots, growing=self.step is None, static=self.step is not None)
         cache.reserve(longest)
+        if self.forward is not None:
+            tokens = _padded(prompts, model)
+            columns = torch.arange(longest, device=tokens.device).expand_as(tokens)
+            return cache, _last(self.forward(tokens, columns, cache), lengths)
         found, start = [], 0
         while start < len(prompts):
-            stop = start + max(1, PREFILL_TOKENS // lengths[start])
-            chunk = slice(start, stop)
+            chunk = slice(start, start + max(1, PREFILL_TOKENS // lengths[start]))
             # Only the last token of each prompt is projected: the logits of a whole prompt can outweigh the model.
             found.append(_last(model.hidden(_padded(prompts[chunk], model), cache=cache.rows(chunk)), lengths[chunk]))
-            start = stop
-        hidden = torch.cat(found).repeat_interleave(self.samples, dim=0)
-        if branched:
-            own = _cache(model, len(hidden), new, growing=True)
-            return BranchedCache(cache, lengths, self.samples, own), hidden
-        if self.samples > 1:
-            cache = cache.rows(torch.arange(len(prompts), device=hidden.device).repeat_interleave(self.samples))
-        return cache, hidden
+            start = chunk.stop
+        return cache, torch.cat(found)
 
 
 def _cache(model: Transformer, rows: int, slots: int, **kind: bool) -> KVCache:

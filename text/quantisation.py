@@ -3,6 +3,8 @@ time, up to a quarter of it. Needs the extra `quantisation` (torchao)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +33,7 @@ class Int8Linear(nn.Module):
         if rows <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled():
             # The only kernel that reads int8 weights as they are takes bfloat16, with float32 sums.
             short = x.reshape(rows, -1).bfloat16()
-            out = torch._weight_int8pack_mm(short, self.weight, self.scale.bfloat16())
+            out = torch.ops.aten._weight_int8pack_mm(short, self.weight, self.scale.bfloat16())
             return out.to(x.dtype).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
 
@@ -57,6 +59,6 @@ def quantise(model: Transformer) -> Transformer:
     quantize_(model, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear):
-            rounded = module.weight
+            rounded: Any = module.weight
             model.set_submodule(name, Int8Linear(rounded.qdata, rounded.scale[:, 0]))
     return model

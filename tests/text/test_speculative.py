@@ -83,8 +83,8 @@ def test_rows_end_in_the_middle_of_a_round(make_model, target):
 def test_wrong_drafts(make_model, target):
     with pytest.raises(ValueError, match="vocabulary of 64 tokens, the model one of 128"):
         generate(target, PROMPTS, speculation=Speculation(draft=make_model(vocab_size=64)))
+    small = make_model(max_seq_len=16)
     with pytest.raises(ValueError, match="max_seq_len \\(16\\)"):
-        small = make_model(max_seq_len=16)
         generate(target, PROMPTS, SamplingOptions(max_new_tokens=20), speculation=Speculation(draft=small))
     with pytest.raises(ValueError, match="length"):
         Speculation(draft=target, length=0)
