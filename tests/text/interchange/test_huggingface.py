@@ -6,6 +6,7 @@ import torch
 from herdkit.adapters import compose
 from herdkit.text import (
     RopeScaling,
+    SamplingOptions,
     config_from_hf,
     config_to_hf,
     from_hf_state_dict,
@@ -222,7 +223,8 @@ class TestWhatWeSave:
         assert (settings.bos_token_id, settings.pad_token_id) == (tokenizer.bos_id, tokenizer.pad_id)
         assert settings.eos_token_id == list(tokenizer.stop_ids)
         prompt = tokenizer.encode("some words", bos=True)
-        ours = herdkit.text.generate(model, [prompt], max_new_tokens=30, stop_ids=tokenizer.stop_ids)[0]
+        options = SamplingOptions(max_new_tokens=30, stop_ids=tokenizer.stop_ids)
+        ours = herdkit.text.generate(model, [prompt], options)[0].tokens
         theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0, len(prompt) :].tolist()
         assert theirs[: len(ours)] == ours
 
