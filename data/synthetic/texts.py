@@ -201,7 +201,16 @@ def _talk(rng: Random) -> list[Message]:
 
 
 def _copy(rng: Random) -> list[Message]:
-    text = sentence(rng) if rng.random() < 0.6 else word_salad(rng, 2, 10)
+    match rng.choices(("sentence", "words", "few words"), weights=(11, 5, 4))[0]:
+        case "sentence":
+            text = sentence(rng)
+        case "words":
+            text = word_salad(rng, 2, 10)
+        case _:
+            # What followed a word the last time does not say what comes now: without such texts "two plus two" is copied
+            # as "two plus two plus two plus ...".
+            words = rng.sample(spoken_vocabulary(), rng.randint(2, 3))
+            text = " ".join(rng.choices(words, k=rng.randint(3, 8)))
     return [{"role": "system", "content": COPY_PROMPT}, _user(text), _assistant(text)]
 
 
