@@ -10,11 +10,18 @@ from .generate import Forward
 from .model import Transformer
 
 
-def compile_step(model: Transformer, backend: str = "inductor") -> Forward:
-    """For `generate(..., step=...)`: `model.hidden` on one token a row, compiled when first used (20-60 s) and kept for
-    as long as the function is, so make one and use it for all requests. The batch size should not change."""
+def compile_step(model: Transformer, *, freeze: bool = False, backend: str = "inductor") -> Forward:
+    """For `generate(..., step=...)`: `model.hidden` on one token a row, compiled when first used (20 to 60 s) and kept
+    for as long as the function is, so make one and use it for all requests. Another batch size compiles anew.
+
+    Args:
+        freeze: pack the weights for the kernels of a CPU, which makes batches faster. It takes their memory once more,
+            and later changes of the weights are not seen.
+        backend: of `torch.compile`.
+    """
 
     def step(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         return model.hidden(tokens, positions=positions, cache=cache)
 
-    return torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
+    options = {"freezing": True} if freeze else None
+    return torch.compile(step, fullgraph=True, dynamic=False, backend=backend, options=options)  # type: ignore[arg-type]

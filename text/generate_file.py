@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.dialogs import parse_dialog
-from ..train.files import sync, write_json, write_text
+from ..train.files import finite, sync, write_json, write_text
 from ..train.progress import ProgressLine
 from .completion import Completion
 from .dialog import encode_prompt
@@ -239,7 +239,7 @@ class _Journal:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(finite(value), ensure_ascii=False).encode() + b"\n"
 
 
 def _by_id(content: bytes) -> dict[str | int, dict[str, Any]]:

@@ -22,18 +22,21 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    short_scale: Tensor
 
     def __init__(self, weight: Tensor, scale: Tensor):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        # For the kernel below; converted once, since a compiled graph cannot do it on the way.
+        self.register_buffer("short_scale", scale.bfloat16(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if rows <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled():
             # The only kernel that reads int8 weights as they are takes bfloat16, with float32 sums.
             short = x.reshape(rows, -1).bfloat16()
-            out = torch.ops.aten._weight_int8pack_mm(short, self.weight, self.scale.bfloat16())
+            out = torch.ops.aten._weight_int8pack_mm.default(short, self.weight, self.short_scale)
             return out.to(x.dtype).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
 

@@ -110,10 +110,12 @@ class TestCache:
     LENGTHS = torch.tensor([5, 13, 1])
 
     @pytest.mark.parametrize("chunk", [1, 3])
-    def test_ragged_decode_equals_the_full_forward(self, make_model, chunk):
+    @pytest.mark.parametrize("kind", [{}, {"growing": True}, {"static": True}])
+    def test_ragged_decode_equals_the_full_forward(self, make_model, chunk, kind, monkeypatch):
+        monkeypatch.setattr("herdkit.text.cache.FIRST_CAPACITY", 8)
         model, ids = make_model(), tokens(3, 40)
         full = model(ids)
-        cache = KVCache(model.config, 3, 40, torch.float64)
+        cache = KVCache(model.config, 3, 40, torch.float64, **kind)
         prompt = ids[:, :13].clone()
         padding = torch.arange(13) >= self.LENGTHS[:, None]
         prompt[padding] = 99
