@@ -207,8 +207,8 @@ def _copy(rng: Random) -> list[Message]:
         case "words":
             text = word_salad(rng, 2, 10)
         case _:
-            # What followed a word the last time does not say what comes now: without such texts "two plus two" is copied
-            # as "two plus two plus two plus ...".
+            # What followed a word the last time does not say what comes now: without such texts "two plus two" is
+            # copied as "two plus two plus two plus ...".
             words = rng.sample(spoken_vocabulary(), rng.randint(2, 3))
             text = " ".join(rng.choices(words, k=rng.randint(3, 8)))
     return [{"role": "system", "content": COPY_PROMPT}, _user(text), _assistant(text)]
