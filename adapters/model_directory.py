@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ..text.model_directory import (
-    LAYOUTS,
     Layout,
     ModelDirectoryError,
     dataclass_from_dict,
@@ -48,7 +47,7 @@ def save(
             tokenizer.
         FileExistsError: `path` exists and is no model directory, which is never overwritten.
     """
-    if layout not in LAYOUTS[:1]:
+    if layout != "herdkit":
         if model.modalities:
             raise ValueError(
                 f"layout {layout!r} holds language models alone, and this model has the adapters "

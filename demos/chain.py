@@ -11,8 +11,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..train.child import LOG, end_with_parent, log_to
 from ..train.config import as_dict
 from ..train.files import write_json
 from ..train.recipe import Stage, StageRecipe, find_stage, read_stage_name
@@ -212,22 +211,10 @@ class Chain:
         self.seconds[one.link.name] = time.monotonic() - one.started
 
 
-LOG = "log.txt"
-
-
 def run_stage(stage: Stage, recipe: StageRecipe, run_dir: Path, threads: int) -> None:
-    """Runs in the link's own process; what it says goes to `run_dir/log.txt`. Ends when its parent does, however
-    that ends, so that no two processes ever train in one folder."""
-
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    with (run_dir / LOG).open("a") as log:
-        os.dup2(log.fileno(), sys.stderr.fileno())
+    """Runs in the link's own process; what it says goes to the log of `run_dir`."""
+    end_with_parent()
+    log_to(run_dir)
     torch.set_num_threads(threads)
     stage.run(recipe, run_dir)
 

@@ -16,7 +16,7 @@ from .model import RopeScaling, Transformer, TransformerConfig
 from .presets import ladder, preset
 from .sampling import SamplingOptions
 from .speculative import Speculation
-from .tokenizer import StreamDecoder, Tokenizer
+from .tokenizer import Tokenizer
 from .tools import Reply, parse_reply, system_preamble
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "RopeScaling",
     "SamplingOptions",
     "Speculation",
-    "StreamDecoder",
     "Tokenizer",
     "Transformer",
     "TransformerConfig",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attention import attend
+
 if TYPE_CHECKING:
     from .model import TransformerConfig
 
@@ -16,33 +18,29 @@ FIRST_CAPACITY = 256
 
 
 class Step(NamedTuple):
-    """What all layers share of one pass over a filled cache.
+    """What all layers share of one pass with a cache.
 
     Args:
         slots: where the new keys go: one run of slots for all rows, or (B, T) int64.
-        length: how many slots are read.
+        length: how many slots are read; 0 in the prefill of an empty cache, where the new keys are all there are.
         mask: additive, (B or 1, 1, H / G * T, length), or None where every slot that is read may be seen.
     """
 
     slots: slice | Tensor
     length: int
-    mask: Tensor | None
+    mask: Tensor | None = None
 
 
 class Cache(Protocol):
     """What `Transformer.hidden` asks of a cache."""
 
-    def plan(self, positions: Tensor | None, width: int) -> Step | None:
-        """Before the layers: makes room for `width` positions a row and says where they go. None stands for the
-        prefill of an empty cache, positions 0..T-1, for which the model needs nothing from the cache.
+    def plan(self, positions: Tensor | None, width: int) -> Step:
+        """Before the layers: makes room for `width` positions a row and says where they go. Without positions it is the
+        prefill of an empty cache, positions 0..T-1.
 
         Raises:
-            ValueError: a position is beyond the cache.
+            ValueError: a position is beyond the cache, or a prefill is not what this cache is for.
         """
-        ...
-
-    def write_prefix(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Prefill: fills slots 0..T-1 of every row from (B, T, G, Dh)."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
@@ -94,10 +92,10 @@ class KVCache:
         """Slots that are allocated for each row."""
         return self.keys[0].shape[2]
 
-    def plan(self, positions: Tensor | None, width: int) -> Step | None:
+    def plan(self, positions: Tensor | None, width: int) -> Step:
         if positions is None:
             self.reserve(width)
-            return None
+            return Step(slice(width), 0)
         if self.static:
             return Step(positions, self.max_len, self._mask(positions, self.max_len))
         first, last = (int(bound) for bound in positions.aminmax())
@@ -107,9 +105,6 @@ class KVCache:
             mask = self._mask(positions[:1], last + 1) if width > 1 else None
             return Step(slice(first, last + 1), last + 1, mask)
         return Step(positions, last + 1, self._mask(positions, last + 1))
-
-    def write_prefix(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self.write(layer, slice(keys.shape[1]), keys, values)
 
     def write(self, layer: int, slots: slice | Tensor, keys: Tensor, values: Tensor) -> None:
         """Fills a run of slots of all rows, or the slots (B, T) int64, from (B, T, G, Dh)."""
@@ -126,6 +121,8 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         self.write(layer, step.slots, k, v)
+        if not step.length:
+            return attend(q, k, v)
         keys, values = self.read(layer, step.length, q.dtype)
         mask = None if step.mask is None else step.mask.to(q.dtype)
         out = F.scaled_dot_product_attention(fold(q, self.group), keys, values, attn_mask=mask)
@@ -179,13 +176,10 @@ class BranchedCache:
             padding = torch.arange(self.longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
             self.mask = torch.zeros(padding.shape, device=device).masked_fill_(padding, -torch.inf)[:, None, None]
 
-    def plan(self, positions: Tensor | None, width: int) -> Step | None:
+    def plan(self, positions: Tensor | None, width: int) -> Step:
         if positions is None:
             raise ValueError("the prompts are in the cache already; give the positions of what follows")
         return self.own.plan(positions - self.starts, width)
-
-    def write_prefix(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        raise NotImplementedError("the prompts of a branched cache are those it was made with")
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         self.own.write(layer, step.slots, k, v)

@@ -92,7 +92,7 @@ class TransformerConfig:
 
 class Shared(NamedTuple):
     """What all layers of one forward pass share: the rotation (see `rotary_turns`), what positions see (see `attend`),
-    and, with a cache, what it planned (None: a prefill)."""
+    and the cache with what it planned, or None."""
 
     turns: Tensor
     sees: Tensor | DocumentRows | BlockMask | None = None
@@ -158,11 +158,9 @@ class Attention(nn.Module):
         q = rotate(self.wq(x).unflatten(-1, (self.n_heads, -1)), shared.turns)
         k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), shared.turns)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
-        if shared.cache is not None:
-            if shared.step is not None:
-                return self.wo(shared.cache.attend(self.layer, q, k, v, shared.step).flatten(2))
-            shared.cache.write_prefix(self.layer, k, v)
-        return self.wo(attend(q, k, v, shared.sees).flatten(2))
+        if shared.cache is None or shared.step is None:
+            return self.wo(attend(q, k, v, shared.sees).flatten(2))
+        return self.wo(shared.cache.attend(self.layer, q, k, v, shared.step).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -100,17 +100,13 @@ def plan_rows(
     table = model.parameter_table()
     costs = []
     for phase, steps in phases:
-        if phase.batch_size % (phase.accumulate * hardware.groups):
-            raise ValueError(
-                f"batch_size {phase.batch_size} must be a multiple of accumulate x data_parallel = "
-                f"{phase.accumulate} x {hardware.groups}"
-            )
         tokens = steps * phase.tokens_per_step
         flops = 3.0 * tokens * model.flops_per_token(phase.row_length / 2)
         costs.append(PhaseCost(phase.from_step, steps, phase.row_length, phase.batch_size, tokens, flops))
     flops = sum(cost.flops for cost in costs)
     width = 2 if precision == "bfloat16" else 4
-    micro = max(phase.tokens_per_step / (phase.accumulate * hardware.devices) for phase, _ in phases)
+    rows = [phase.micro_batch_size(hardware.groups) * phase.row_length for phase, _ in phases]
+    micro = max(rows) * hardware.groups / hardware.devices
     layer = (table["attention"] + table["feed_forward"]) // config.n_layers
     sharded = table["total"] / hardware.devices
     working = table["total"] if width < 4 else 0

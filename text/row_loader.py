@@ -58,6 +58,19 @@ class PlannedPhase:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.row_length
 
+    def micro_batch_size(self, groups: int) -> int:
+        """Rows of a micro-batch on one of `groups` processes, or groups of devices, that take rows of their own.
+
+        Raises:
+            ValueError: batch_size does not divide evenly.
+        """
+        if self.batch_size % (self.accumulate * groups):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of accumulate x processes = "
+                f"{self.accumulate} x {groups}"
+            )
+        return self.batch_size // (self.accumulate * groups)
+
 
 def plan_phases(phases: Sequence[Phase], trainer: TrainerConfig, data: DataConfig) -> list[PlannedPhase]:
     """When each phase begins, which follows from those before it. The first is what `trainer` and `data` say.
@@ -103,15 +116,6 @@ def with_ramp(trainer: TrainerConfig, phases: Sequence[PlannedPhase]) -> Trainer
     return dataclasses.replace(trainer, ramp=ramp)
 
 
-def tokens_before(phases: Sequence[PlannedPhase], step: int) -> int:
-    """Positions of the rows of all updates before `step`."""
-    ends = [*(phase.from_step for phase in phases[1:]), step]
-    return sum(
-        max(0, min(end, step) - phase.from_step) * phase.tokens_per_step
-        for phase, end in zip(phases, ends, strict=True)
-    )
-
-
 class RowLoader:
     """Endless micro-batches of packed rows for a trainer with the batch sizes of the same phases.
 
@@ -144,11 +148,7 @@ class RowLoader:
         if not data.sources:
             raise ValueError("data.sources is empty; name at least one set of shards")
         for phase in phases:
-            if phase.batch_size % (phase.accumulate * world_size):
-                raise ValueError(
-                    f"batch_size {phase.batch_size} must be a multiple of accumulate x processes = "
-                    f"{phase.accumulate} x {world_size}"
-                )
+            phase.micro_batch_size(world_size)
         self.data, self.phases, self.encode, self.pad_id, self.window = data, phases, encode, pad_id, window
         self.rank, self.world_size = rank, world_size
         self.readers = dict(
@@ -167,7 +167,7 @@ class RowLoader:
             self._phase += 1
             self._open(self._windows.mixture.drawn(self._windows.consumed))
         phase = self.phases[self._phase]
-        rows = phase.batch_size // (phase.accumulate * self.world_size)
+        rows = phase.micro_batch_size(self.world_size)
         taken = [self._next_row() for _ in range(rows * self.world_size)]
         self.micro += 1
         if self.micro == phase.accumulate:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -266,27 +265,3 @@ class Tokenizer:
         if id in self._special_ids:
             return token.encode() if keep_special else b""
         return bytes(_BYTE_OF_LETTER[letter] for letter in token)
-
-
-class StreamDecoder:
-    """Decodes tokens as they come; never gives half a character.
-
-    ```python
-    decoder = StreamDecoder(tokenizer)
-    for id in stream(model, prompt, ...):
-        print(decoder.push(id), end="", flush=True)
-    print(decoder.flush())
-    ```
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        """The characters that this token completes; may be empty."""
-        return self._utf8.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        """What is left at the end: empty, or U+FFFD for a character that never became whole."""
-        return self._utf8.decode(b"", final=True)

@@ -75,7 +75,7 @@ def test_activations_are_what_autograd_keeps():
 
 
 def test_a_batch_for_fewer_devices_is_refused():
-    with pytest.raises(ValueError, match="batch_size 1024 must be a multiple of accumulate x data_parallel = 1 x 3000"):
+    with pytest.raises(ValueError, match="batch_size 1024 must be a multiple of accumulate x processes = 1 x 3000"):
         plan_pretraining(recipe("8b"), Hardware(devices=3000))
 
 

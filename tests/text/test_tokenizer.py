@@ -4,7 +4,8 @@ import random
 
 import pytest
 import tokenizers
-from herdkit.text import StreamDecoder, Tokenizer
+from herdkit.text import Tokenizer
+from herdkit.text.completion import text_pieces
 from herdkit.text.tokenizer import PRE_TOKENS
 
 DIFFICULT = [
@@ -314,26 +315,26 @@ class TestMetaFile:
         assert list(tmp_path.iterdir()) == []
 
 
-class TestStreamDecoder:
+class TestTextPieces:
     @pytest.mark.parametrize("text", DIFFICULT, ids=range(len(DIFFICULT)))
-    def test_pieces_join_to_the_text_and_are_whole(self, tokenizer, text):
-        decoder = StreamDecoder(tokenizer)
-        pieces = [decoder.push(id) for id in tokenizer.encode(text)]
-        assert "".join(pieces) + decoder.flush() == text
+    def test_they_join_to_the_text_and_are_whole(self, tokenizer, text):
+        pieces = list(text_pieces(tokenizer, iter(tokenizer.encode(text))))
+        assert "".join(pieces) == text
         if "\ufffd" not in text:
             assert not any("\ufffd" in piece for piece in pieces)
 
     def test_a_character_comes_with_its_last_byte(self, tokenizer):
-        decoder = StreamDecoder(tokenizer)
-        ids = tokenizer.encode("🙂")
-        assert len(ids) == 4
-        assert [decoder.push(id) for id in ids] == ["", "", "", "🙂"]
+        taken = []
+        ids = tokenizer.encode("🙂a")
+        pieces = text_pieces(tokenizer, (taken.append(id) or id for id in ids))
+        assert len(ids) == 5
+        assert next(pieces) == "🙂"
+        assert taken == ids[:4]
 
     def test_a_broken_character_at_the_end(self, tokenizer):
-        decoder = StreamDecoder(tokenizer)
         ids = tokenizer.encode("a🙂")[:-1]
-        assert "".join(map(decoder.push, ids)) == "a"
-        assert decoder.flush() == tokenizer.decode(ids)[1:] == "\ufffd"
+        assert list(text_pieces(tokenizer, iter(ids))) == ["a", "\ufffd"]
+        assert tokenizer.decode(ids)[1:] == "\ufffd"
 
     def test_special_tokens_are_silent(self, tokenizer):
-        assert StreamDecoder(tokenizer).push(tokenizer.eot_id) == ""
+        assert list(text_pieces(tokenizer, iter([tokenizer.eot_id]))) == []

@@ -6,14 +6,11 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import torch
 
 from ...data.shards import ShardReader
 from ...data.synthetic.sets import build
+from ...train.child import LOG, end_with_parent, log_to
 from ...train.config import as_dict
 from ...train.files import write_json
 from ...train.guard import NonFiniteError
@@ -39,7 +37,7 @@ from .fit import ScalingLawError
 from .questions import answer, word_orders
 from .recipe import BudgetConfig, ForecastConfig, ScalingLawRecipe, SizeConfig
 
-RECORD, LOG = "measured.json", "log.txt"
+RECORD = "measured.json"
 _COUNTED = 2000
 """Samples of a source at most whose tokens are counted to find out how long a sample is."""
 
@@ -285,21 +283,12 @@ def _named(point: Point, result: Callable[[], dict[str, Any]]) -> dict[str, Any]
 
 
 def _start_worker(threads: int) -> None:
-    """Ends this process when its parent does, however that ends, so that no two processes ever train in one folder."""
-
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
 
 
 def _run_logged(point: Point) -> dict[str, Any]:
-    """`run_point` with what it says in `log.txt` of the run: the terminal is the parent's."""
+    """`run_point` with what it says in the log of the run."""
     point.run_dir.mkdir(parents=True, exist_ok=True)
-    with (point.run_dir / LOG).open("a") as log:
-        os.dup2(log.fileno(), sys.stderr.fileno())
+    log_to(point.run_dir)
     return run_point(point)
