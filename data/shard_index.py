@@ -1,26 +1,39 @@
-"""The index of a shard: where each member of each sample lies in the tar, and the shard's health.
+"""The index of a shard: where each member of each sample lies in the tar, and what is wrong with it.
 
-Built from the headers alone and kept beside the shard, so that a reader opens at once and any sample is one
-read away. Building it also checks that the shard is whole: tar readers take a damaged header for the end.
+Its file is a safetensors file, so that it opens by mapping it, whatever its size, and others can read it too.
+Arrays, with n samples, m members and the smallest unsigned dtype that will do:
+
+    starts (n + 1)      sample i has the members starts[i] .. starts[i + 1]
+    key_starts (n + 1)  and the key keys[key_starts[i] : key_starts[i + 1]], UTF-8
+    offsets (m)         of the data, in units of `unit` bytes, from the start of the uncompressed tar
+    sizes (m)           of the data in bytes
+    headers (m)         CRC-32 of the 512 bytes before the data, by which a read knows that the shard is the same still
+    extensions (m)      number of the extension in the metadata's list
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import mmap
 import os
 import re
-import tarfile
-from array import array
-from dataclasses import dataclass
+import struct
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
-logger = logging.getLogger(__name__)
+import numpy as np
+from safetensors.numpy import save
 
-INDEX_SUFFIX = ".idx.json"
-_INDEX_VERSION = 1
-_BLOCK = 512
+from .faults import Fault, ShardError
+
+__all__ = ["INDEX_SUFFIX", "MEMBER", "META", "Fault", "ShardError", "ShardIndex", "Stamp", "leaves_folder"]
+
+INDEX_SUFFIX = ".index.safetensors"
+_FORMAT, _VERSION = "herdkit.shard_index", 1
+_DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
+_FAULT = ("offset", "reason", "key", "member", "skipped")
+_ARRAYS = ("starts", "key_starts", "keys", "offsets", "sizes", "headers", "extensions")
 
 MEMBER = re.compile(r"^((?:.*/|)[^./][^./]*)[.]([^/]*)$", re.DOTALL)
 """A member's name: the sample's key, up to the first dot of the file name, and the extension after it."""
@@ -29,121 +42,142 @@ META = re.compile(r"__[^/]*__($|/)")
 """Names that webdataset reserves."""
 
 
-class ShardError(ValueError):
-    """A shard, or a sample of one, that cannot be read or written; the message names file and place."""
+@dataclass(frozen=True)
+class Stamp:
+    """Which file an index is of.
 
-
-@dataclass
-class ShardIndex:
-    """Sample i has the members starts[i] .. starts[i + 1]."""
+    Args:
+        size: bytes, as stored.
+        version: time of change in nanoseconds, or the ETag or the like of a remote file.
+        fingerprint: of the size and of some pieces of the content; the same for a copy, unlike the version.
+    """
 
     size: int
-    mtime_ns: int
-    keys: list[str]
-    starts: array
-    names: list[str]
-    """The distinct extensions, which `extensions` refers to."""
-    extensions: array
-    offsets: array
-    sizes: array
+    version: str
+    fingerprint: str
 
 
-def load_index(path: Path) -> ShardIndex:
-    """The index beside the shard if it is of the shard as it is now, else one built and, if possible, kept.
+@dataclass(eq=False)
+class ShardIndex:
+    """The samples of a shard and where they lie; arrays as above."""
 
-    Raises:
-        ShardError: the shard is missing, compressed, truncated or damaged.
+    stamp: Stamp
+    compression: str
+    """How the shard is compressed: "" or "gzip"."""
+    extension_names: list[str]
+    unit: int
+    starts: np.ndarray
+    key_starts: np.ndarray
+    keys: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    headers: np.ndarray
+    extensions: np.ndarray
+    ignored: dict[str, int] = field(default_factory=dict)
+    """How many entries of the tar belong to no sample, by kind."""
+    unsafe: list[str] = field(default_factory=list)
+    """Up to 100 keys that would leave their folder if they were taken for paths."""
+    faults: list[Fault] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def key(self, sample: int) -> str:
+        first, last = self.key_starts[sample : sample + 2].tolist()
+        return self.keys[first:last].tobytes().decode("utf-8", "surrogateescape")
+
+    def members(self, sample: int) -> list[tuple[str, int, int, int]]:
+        """Extension, offset, size and CRC-32 of the header of each of the sample's members."""
+        first, last = self.starts[sample : sample + 2].tolist()
+        some = slice(first, last)
+        names, unit = self.extension_names, self.unit
+        columns = (self.extensions, self.offsets, self.sizes, self.headers)
+        return [
+            (names[extension], offset * unit, size, header)
+            for extension, offset, size, header in zip(*(column[some].tolist() for column in columns), strict=True)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in _ARRAYS)
+
+    def to_bytes(self) -> bytes:
+        """The index as a file."""
+        about = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "stamp": asdict(self.stamp),
+            "compression": self.compression,
+            "extension_names": self.extension_names,
+            "unit": self.unit,
+            "ignored": self.ignored,
+            "unsafe": self.unsafe,
+        }
+        faults = [[getattr(fault, name) for name in _FAULT] for fault in self.faults]
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays["faults"] = np.frombuffer(json.dumps(faults).encode(), np.uint8)
+        return save(arrays, {_FORMAT: json.dumps(about)})
+
+    @classmethod
+    def from_bytes(cls, content: bytes | mmap.mmap, shard: str) -> ShardIndex:
+        """The index of a file's content, which it goes on using; `shard` is for the faults.
+
+        Raises:
+            ValueError: it is no index, one of another version, or damaged.
+        """
+        try:
+            (length,) = struct.unpack_from("<Q", content)
+            header = json.loads(content[8 : 8 + length])
+            about = json.loads(header["__metadata__"][_FORMAT])
+            if about["version"] != _VERSION:
+                raise ValueError(f"is an index of version {about['version']}, not {_VERSION}")
+            arrays: dict[str, Any] = {name: _array(content, 8 + length, header[name]) for name in (*_ARRAYS, "faults")}
+            starts, members = arrays["starts"], len(arrays["offsets"])
+            lengths = {name: len(array) for name, array in arrays.items()}
+            expected = {"key_starts": len(starts), "sizes": members, "headers": members, "extensions": members}
+            if {**lengths, **expected} != lengths or len(starts) == 0:
+                raise ValueError("has arrays that do not fit together")
+            if (starts[-1], arrays["key_starts"][-1]) != (members, len(arrays["keys"])):
+                raise ValueError("has arrays that do not fit together")
+            faults = [Fault(shard, *fault) for fault in json.loads(arrays.pop("faults").tobytes())]
+            names = ("compression", "extension_names", "unit", "ignored", "unsafe")
+            settings: dict[str, Any] = {name: about[name] for name in names}
+            return cls(stamp=Stamp(**about["stamp"]), faults=faults, **settings, **arrays)
+        except (struct.error, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"is no index of a shard, or a damaged one ({type(error).__name__})") from error
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, shard: str) -> ShardIndex:
+        """Maps the file: its pages are read when they are needed, and shared by all processes.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: see `from_bytes`.
+        """
+        with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ValueError("is empty")
+            return cls.from_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), shard)
+
+
+def narrowed(values: Any) -> np.ndarray:
+    """Whole numbers, at least 0, in the smallest dtype that holds them."""
+    values = np.asarray(values, np.uint64)
+    return values.astype(np.min_scalar_type(values.max(initial=0)))
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name, taken for a path, would lie outside of the folder that it is joined to, on any system.
+
+    Such names are keys like any others to a reader, which never takes them for paths; nothing should write to them.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ShardError(f"{path}: cannot open: {error.strerror}") from None
-    sidecar = path.with_name(path.name + INDEX_SUFFIX)
-    index = _read_sidecar(sidecar)
-    if index is None or (index.size, index.mtime_ns) != (status.st_size, status.st_mtime_ns):
-        index = _scan(path, status)
-        _write_sidecar(sidecar, index)
-    return index
+    parts = re.split(r"[/\\]", name)
+    return ".." in parts or (parts[0] == "" and len(parts) > 1) or bool(re.match(r"[A-Za-z]:", name)) or "\0" in name
 
 
-def _scan(path: Path, status: os.stat_result) -> ShardIndex:
-    size, changed = status.st_size, status.st_mtime_ns
-    index = ShardIndex(size, changed, [], array("q"), [], array("H"), array("q"), array("q"))
-    numbers: dict[str, int] = {}
-    seen: set[str] = set()
-    offset = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                offset = tar.offset
-                match = MEMBER.match(member.name)
-                if not member.isfile() or match is None or META.match(member.name):
-                    continue
-                if member.issparse():
-                    raise ShardError(f"{path}: {member.name} is a sparse member, which is not supported")
-                key, extension = match.group(1), match.group(2).lower()
-                if not index.keys or key != index.keys[-1]:
-                    if key in seen:
-                        raise ShardError(f"{path}: the members of sample {key} do not follow one another")
-                    seen.add(key)
-                    index.keys.append(key)
-                    index.starts.append(len(index.offsets))
-                number = numbers.setdefault(extension, len(numbers))
-                if number in index.extensions[index.starts[-1] :]:
-                    raise ShardError(f"{path}: sample {key} has the member '{extension}' twice")
-                index.extensions.append(number)
-                index.offsets.append(member.offset_data)
-                index.sizes.append(member.size)
-            offset = tar.offset
-        _check_end(path, offset, size)
-    except (tarfile.TarError, EOFError) as error:
-        raise ShardError(f"{path}: truncated or damaged near byte {offset}: {error}{_hint(path)}") from error
-    except OSError as error:
-        raise ShardError(f"{path}: cannot read: {error.strerror}") from error
-    index.starts.append(len(index.offsets))
-    index.names = list(numbers)
-    return index
-
-
-def _check_end(path: Path, offset: int, size: int) -> None:
-    """tarfile takes a damaged header, or none, for the end of the archive; this tells them apart."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        block = file.read(_BLOCK)
-        if len(block) < _BLOCK:
-            raise ShardError(f"{path}: truncated at byte {size}: the mark of the archive's end is missing")
-        if block.strip(b"\0"):
-            raise ShardError(f"{path}: damaged header at byte {offset}")
-        while rest := file.read(1 << 16):
-            if rest.strip(b"\0"):
-                raise ShardError(f"{path}: data after the archive's end at byte {offset}; joined or damaged?")
-
-
-def _hint(path: Path) -> str:
-    with path.open("rb") as file:
-        magic = file.read(6)
-    packed = magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-    return "; it is compressed, and reading at random needs a plain tar: unpack it first" if packed else ""
-
-
-def _read_sidecar(sidecar: Path) -> ShardIndex | None:
-    """The stored index, or None where there is none of this version: it is only a cache."""
-    try:
-        stored = json.loads(sidecar.read_text("utf-8"))
-        if stored.pop("version") != _INDEX_VERSION:
-            return None
-        for name, code in (("starts", "q"), ("extensions", "H"), ("offsets", "q"), ("sizes", "q")):
-            stored[name] = array(code, stored[name])
-        return ShardIndex(**stored)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return None
-
-
-def _write_sidecar(sidecar: Path, index: ShardIndex) -> None:
-    stored = {n: v.tolist() if isinstance(v, array) else v for n, v in vars(index).items()}
-    temporary = sidecar.with_name(f".{sidecar.name}.{uuid4().hex}.partial")
-    try:
-        temporary.write_text(json.dumps({"version": _INDEX_VERSION, **stored}), "utf-8")
-        temporary.replace(sidecar)
-    except OSError as error:
-        logger.info("%s: the index cannot be kept (%s); it is built anew each time", sidecar, error.strerror)
+def _array(content: bytes | mmap.mmap, base: int, entry: dict) -> np.ndarray:
+    first, last = entry["data_offsets"]
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    if not 0 <= first <= last <= len(content) - base or entry["shape"] != [(last - first) // dtype.itemsize]:
+        raise ValueError("is cut or damaged")
+    return np.frombuffer(content, dtype, (last - first) // dtype.itemsize, base + first)

@@ -8,20 +8,32 @@ belong to no sample. As in webdataset; but a damaged shard is an error that says
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from zlib import crc32
 
-from webdataset.shardlists import expand_urls
 from webdataset.writer import TarWriter
 
-from .shard_index import INDEX_SUFFIX, MEMBER, META, ShardError, ShardIndex, load_index
+from .byte_cache import ByteCache
+from .index_files import load_index
+from .shard_files import GunzippedFile, ShardFile, expand_shards, open_file
+from .shard_index import INDEX_SUFFIX, MEMBER, META, Fault, ShardError, ShardIndex
+from .tar_headers import BLOCK
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_OPENED_AT_ONCE = 16
 
 
 @dataclass
@@ -206,22 +218,66 @@ class ShardWriter:
 class ShardReader:
     """The samples of some shards, in order, each read when asked for.
 
+    Shards are local tars or URLs of any protocol of fsspec (extra "remote" for http and s3), plain or compressed with
+    gzip. Their indexes are mapped into memory, so that those of many millions of samples open at once; a shard without
+    one is indexed first, which reads its headers. Safe to use from several threads and forked processes. Names in a
+    shard are keys, never paths.
+
     Args:
-        shards: a path, a folder (its `*.tar` in order), a pattern with braces (`name-{000000..000003}.tar`)
-            or with `*` in the file name, or several of these.
+        shards: a path, a folder (its `*.tar`, `*.tar.gz` and `*.tgz` in order), a URL (one of a folder ends with "/"),
+            a pattern of these with braces (`name-{000000..000003}.tar`) or with `*`, or several of them.
+        index_folder: where the indexes are and where new ones go; default: beside each shard, or in the cache for
+            remote ones.
+        on_fault: "raise" refuses shards with any damage; "skip" reads what is good of them, and `faults` has the rest.
+        cache: for what is read of remote and of compressed shards.
+        storage_options: for fsspec, of all URLs.
 
     Raises:
-        ShardError: a shard is missing, compressed, truncated or damaged. Reading a sample raises it when the
+        ShardError: a shard is missing, truncated or damaged (see `on_fault`). Reading a sample raises it when the
             shard has changed since.
-
-    The index is kept in memory (some 100 bytes a sample) and in a file beside the shard, which is rebuilt
-    when the shard's size or time of change differs. Safe to use from several threads and processes.
     """
 
-    def __init__(self, shards: str | os.PathLike | Iterable[str | os.PathLike]):
-        self.paths = _expand(shards)
-        self._indexes = [load_index(path) for path in self.paths]
-        self._ends = list(accumulate(len(index.keys) for index in self._indexes))
+    def __init__(
+        self,
+        shards: str | os.PathLike | Iterable[str | os.PathLike],
+        *,
+        index_folder: str | os.PathLike | None = None,
+        on_fault: Literal["raise", "skip"] = "raise",
+        cache: ByteCache | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ):
+        if on_fault not in ("raise", "skip"):
+            raise ValueError(f"on_fault must be 'raise' or 'skip', not {on_fault!r}")
+        cache, options = cache or ByteCache(), storage_options or {}
+        self._settings = {"index_folder": index_folder, "on_fault": on_fault, "cache": cache}
+        self._settings["storage_options"] = storage_options
+        self.paths: list[Path | str] = expand_shards(shards, options)
+        """Of the shards: paths, and URLs as strings."""
+
+        def open_shard(path: Path | str) -> tuple[ShardFile, ShardIndex]:
+            try:
+                file = open_file(path, cache, options)
+                index = load_index(file, cache, index_folder)
+            except OSError as error:
+                raise ShardError(f"{path}: cannot open: {error.strerror or error}") from error
+            if index.faults and on_fault == "raise":
+                more = f"; {len(index.faults) - 1} more faults" if len(index.faults) > 1 else ""
+                raise ShardError(f"{index.faults[0]}{more}")
+            return GunzippedFile(file, cache) if index.compression else file, index
+
+        opened = _in_order(open_shard, self.paths)
+        self._files = [file for file, _ in opened]
+        self._indexes = [index for _, index in opened]
+        self.faults: list[Fault] = [fault for index in self._indexes for fault in index.faults]
+        """What is damaged, with `on_fault="skip"`: every sample that is not given out has a fault or lies in one."""
+        self._ends = list(accumulate(map(len, self._indexes)))
+        packed = [file.name for file in self._files if isinstance(file, GunzippedFile)]
+        if packed:
+            logger.warning(
+                "%d of %d shards are compressed with gzip (%s), which is slower: a sample can only be had by "
+                "decompressing the whole shard, into %s (up to %d bytes). Unpack them if they are read more than once",
+                len(packed), len(self.paths), packed[0], cache.folder, cache.limit,
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -232,12 +288,24 @@ class ShardReader:
             raise IndexError(f"sample {position} of {length}")
         position %= length
         shard = bisect_right(self._ends, position)
-        index, path = self._indexes[shard], self.paths[shard]
+        index, file = self._indexes[shard], self._files[shard]
         number = position - (self._ends[shard - 1] if shard else 0)
-        return Sample(index.keys[number], str(path), _read_members(path, index, number))
+        key = index.key(number)
+        try:
+            return Sample(key, file.name, _read_members(file, index, number, key))
+        except OSError as error:
+            raise ShardError(f"{file.name}: cannot read sample {key}: {error.strerror or error}") from error
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
+
+    def __reduce__(self) -> tuple:
+        # Another process maps the indexes itself.
+        return _reader, (self.paths, self._settings)
+
+
+def _reader(paths: list[Path | str], settings: dict[str, Any]) -> ShardReader:
+    return ShardReader(paths, **settings)
 
 
 def _encoded(value: object, where: str) -> bytes:
@@ -250,45 +318,33 @@ def _encoded(value: object, where: str) -> bytes:
     raise TypeError(f"{where}: a member is bytes, text, a dict or a list, not {type(value).__name__}")
 
 
-def _expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    given = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
-    paths: list[Path] = []
-    for item in (os.fspath(one) for one in given):
-        if Path(item).is_dir():
-            found = sorted(Path(item).glob("*.tar"))
-        elif Path(item).is_file():
-            found = [Path(item)]
-        else:
-            found = []
-            for path in map(Path, expand_urls(item)):
-                found += sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
-        if not found:
-            raise ShardError(f"{item}: no shards there")
-        paths += found
-    if not paths:
-        raise ShardError("no shards given")
-    return paths
+def _in_order(call: Callable[[Path | str], T], paths: list[Path | str]) -> list[T]:
+    """Remote shards are opened many at a time, since that is but waiting."""
+    if not any(isinstance(path, str) for path in paths):
+        return [call(path) for path in paths]
+    with ThreadPoolExecutor(_OPENED_AT_ONCE, "herdkit-shards") as executor:
+        return list(executor.map(call, paths))
 
 
-def _read_members(path: Path, index: ShardIndex, number: int) -> dict[str, bytes]:
-    first, last = index.starts[number], index.starts[number + 1]
-    begin = index.offsets[first]
-    length = index.offsets[last - 1] + index.sizes[last - 1] - begin
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            status = os.fstat(handle)
-            if (status.st_size, status.st_mtime_ns) != (index.size, index.mtime_ns):
-                raise ShardError(f"{path}: changed since it was indexed; open it anew")
-            content = os.pread(handle, length, begin)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise ShardError(f"{path}: cannot read sample {index.keys[number]}: {error.strerror}") from error
-    if len(content) < length:
-        raise ShardError(f"{path}: truncated at byte {begin + len(content)}, in sample {index.keys[number]}")
-    members = {}
-    for member in range(first, last):
-        offset = index.offsets[member] - begin
-        members[index.names[index.extensions[member]]] = content[offset : offset + index.sizes[member]]
+def _read_members(file: ShardFile, index: ShardIndex, number: int, key: str) -> dict[str, bytes]:
+    members: dict[str, bytes] = {}
+    stretch: list[tuple[str, int, int, int]] = []
+    for member in [*index.members(number), None]:
+        # Members that lie close to one another are read together, with what is between them.
+        if stretch and (member is None or not 0 <= member[1] - stretch[-1][1] - stretch[-1][2] < file.step):
+            begin = stretch[0][1] - BLOCK
+            length = stretch[-1][1] + stretch[-1][2] - begin
+            content = file.read(begin, length) if 0 <= begin <= begin + length <= file.size else b""
+            if len(content) < length:
+                raise ShardError(
+                    f"{file.name}: truncated in sample {key}, which is said to end at byte {begin + length}"
+                )
+            for extension, offset, size, header in stretch:
+                start = offset - begin
+                if crc32(content[start - BLOCK : start]) != header:
+                    raise ShardError(f"{file.name}: changed since it was indexed, at byte {offset}; index it anew")
+                members[extension] = content[start : start + size]
+            stretch = []
+        if member is not None:
+            stretch.append(member)
     return members
