@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    from .data.commands import add_shard_commands
+
     parser = argparse.ArgumentParser(
         prog="herdkit", description="Compositional multimodal models: train, compose, chat.",
         epilog="Set HERDKIT_TRACEBACK=1 to see where an error comes from.",
@@ -151,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert_parser.add_argument("--dtype", choices=dtypes, help="of the weights (that of the files)")
     convert_parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="huggingface (%(default)s)")
     convert_parser.add_argument("--model-parallel", type=int, default=1, help="meta: number of files (%(default)s)")
+
+    add_shard_commands(commands)
     return parser
 
 

@@ -195,6 +195,7 @@ class _Entry:
 def read_at(handle: int, offset: int, length: int) -> bytes:
     """Bytes of an open file; fewer than `length` only at its end."""
     content = os.pread(handle, length, offset)
+    # The system reads no more than 2 GiB at once.
     while len(content) < length and (more := os.pread(handle, length - len(content), offset + len(content))):
         content += more
     return content

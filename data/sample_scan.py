@@ -209,17 +209,22 @@ class _Judge:
             if (hinted := split(damage.hint)[0]) is not None:
                 self.hinted.add(hinted)
             place = int(np.searchsorted(self.members, count))
-            for neighbour in (place - 1, place):
-                if 0 <= neighbour < len(self.members):
-                    run = int(np.searchsorted(self.starts, neighbour, "right")) - 1
-                    beside.add(self.sample_of[run])
-                    key, at = self.runs.keys[run], int(self.offsets[neighbour]) - BLOCK
-                    full = len(key) + 1 + len(self.runs.names[self.all_extensions[neighbour]]) >= _FULL
-                    if neighbour == place and (has_long_names or full) and key not in self.bad:
-                        reason = f"{shown(key)} at byte {at} may be but a part of a name, whose rest is lost"
-                        self._fault(at, reason, key)
-                        self.bad.add(key)
+            for neighbour in range(max(0, place - 1), min(place + 1, len(self.members))):
+                beside.add(self.sample_of[self._run_of(neighbour)])
+            if place < len(self.members) and self.members[place] == count:
+                self._doubt_name(place, has_long_names)
         return beside - {-1}
+
+    def _run_of(self, place: int) -> int:
+        return int(np.searchsorted(self.starts, place, "right")) - 1
+
+    def _doubt_name(self, place: int, has_long_names: bool) -> None:
+        """Leaves out the member right behind a gap if its own name, in a header of its own, may have been lost."""
+        key, at = self.runs.keys[self._run_of(place)], int(self.offsets[place]) - BLOCK
+        length = len(key) + 1 + len(self.runs.names[self.all_extensions[place]])
+        if (has_long_names or length >= _FULL) and key not in self.bad:
+            self._fault(at, f"{shown(key)} at byte {at} may be but a part of a name, whose rest is lost", key)
+            self.bad.add(key)
 
     def _incomplete(self, doubtful: set[int], merged: bool) -> dict[int, str]:
         """Those of the samples that may lack members, and why."""

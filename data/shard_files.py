@@ -68,13 +68,14 @@ class LocalFile:
         self.name = os.fspath(path)
         status = os.stat(path)  # noqa: PTH116
         self.size, self.version = status.st_size, str(status.st_mtime_ns)
+        self._state = (status.st_size, status.st_mtime_ns)
 
     def read(self, offset: int, length: int) -> bytes:
         # The object and not its number alone is kept while it is used: another thread may drop it from the cache.
-        handle = _opened(self.name, self.size, self.version)
-        if not handle.holds(self.size, self.version):
+        handle = _opened(self.name, self._state)
+        if not handle.holds(self._state):
             handle = _Handle(self.name)
-            if not handle.holds(self.size, self.version):
+            if not handle.holds(self._state):
                 raise ShardError(f"{self.name}: changed since it was indexed; open it anew")
         return read_at(handle.number, offset, length)
 
@@ -90,10 +91,10 @@ class _Handle:
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY)
 
-    def holds(self, size: int, version: str) -> bool:
+    def holds(self, state: tuple[int, int]) -> bool:
         """Whether this is the file still: neither changed nor removed nor replaced."""
         status = os.fstat(self.number)
-        return status.st_nlink > 0 and (status.st_size, str(status.st_mtime_ns)) == (size, version)
+        return status.st_nlink > 0 and (status.st_size, status.st_mtime_ns) == state
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -101,8 +102,8 @@ class _Handle:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(path: str, size: int, version: str) -> _Handle:
-    # Size and version make a file that took the place of another one under its name a different one.
+def _opened(path: str, state: tuple[int, int]) -> _Handle:
+    # Size and time of change make a file that took the place of another one under its name a different one.
     return _Handle(path)
 
 

@@ -327,24 +327,27 @@ def _in_order(call: Callable[[Path | str], T], paths: list[Path | str]) -> list[
 
 
 def _read_members(file: ShardFile, index: ShardIndex, number: int, key: str) -> dict[str, bytes]:
+    extensions, offsets, sizes, headers = index.members(number)
     members: dict[str, bytes] = {}
-    stretch: list[tuple[str, int, int, int]] = []
-    for member in [*index.members(number), None]:
-        # Members that lie close to one another are read together, with what is between them.
-        if stretch and (member is None or not 0 <= member[1] - stretch[-1][1] - stretch[-1][2] < file.step):
-            begin = stretch[0][1] - BLOCK
-            length = stretch[-1][1] + stretch[-1][2] - begin
-            content = file.read(begin, length) if 0 <= begin <= begin + length <= file.size else b""
-            if len(content) < length:
-                raise ShardError(
-                    f"{file.name}: truncated in sample {key}, which is said to end at byte {begin + length}"
-                )
-            for extension, offset, size, header in stretch:
-                start = offset - begin
-                if crc32(content[start - BLOCK : start]) != header:
-                    raise ShardError(f"{file.name}: changed since it was indexed, at byte {offset}; index it anew")
-                members[extension] = content[start : start + size]
-            stretch = []
-        if member is not None:
-            stretch.append(member)
+    begin = end = 0
+    content = b""
+    for place, offset in enumerate(offsets):
+        if offset > end or place == 0:  # members that lie close to one another are read together
+            begin, end = offset - BLOCK, _end_of_stretch(offsets, sizes, place, file.step)
+            content = file.read(begin, end - begin) if 0 <= begin < end <= file.size else b""
+            if len(content) < end - begin:
+                raise ShardError(f"{file.name}: ends in sample {key}, before byte {end}; index it anew")
+        start = offset - begin
+        if crc32(content[start - BLOCK : start]) != headers[place]:
+            raise ShardError(f"{file.name}: changed since it was indexed, at byte {offset}; index it anew")
+        members[extensions[place]] = content[start : start + sizes[place]]
     return members
+
+
+def _end_of_stretch(offsets: list[int], sizes: list[int], first: int, near: int) -> int:
+    end = offsets[first] + sizes[first]
+    for offset, size in zip(offsets[first + 1 :], sizes[first + 1 :], strict=True):
+        if offset - end > near:
+            break
+        end = offset + size
+    return end

@@ -32,11 +32,11 @@ def has_valid_sum(header: bytes) -> bool:
 
 
 def is_header(block: bytes) -> bool:
-    """Whether a block is a header: its sum and size are valid, and it is marked as one of ustar, GNU or pax, or of old
-    star, or is empty where they have their mark, as in v7."""
+    """Whether a block is a header: its sum and size are valid, and it has the mark of ustar, GNU and pax headers, or
+    nothing in its place, as in v7."""
     if not has_valid_sum(block) or number(block[124:136]) < 0:
         return False
-    return block[257:262] == b"ustar" or block[508:] == b"tar\0" or not block[257:].strip(b"\0")
+    return block[257:262] == b"ustar" or not block[257:265].strip(b"\0")
 
 
 def number(field: bytes) -> int:

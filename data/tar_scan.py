@@ -166,7 +166,7 @@ class TarScan:
         data = offset + BLOCK
         if kind in _EXTENDED:
             return (yield from self._extend(offset, kind, size))
-        if self._own or self._shared or self._own_damaged:
+        if self._own or self._shared:
             name, size, flaw = self._by_records(name, size)
         if kind == _SPARSE:
             flaw = "is sparse, which is not supported"
@@ -175,7 +175,9 @@ class TarScan:
             size = 0
         if data + size > self._end:
             return (yield from self._truncated(name, data))
-        if flaw:
+        if self._own_damaged:  # and with it maybe the name
+            yield Damage(offset, f"{shown(name)} at byte {offset} has a damaged pax header", hint=name)
+        elif flaw:
             yield Damage(offset, f"{shown(name)} at byte {offset} {flaw}", name, gap=False)
         elif kind not in _REGULAR or (kind == 0 and name.endswith(b"/")):
             self.ignored[_DATALESS.get(kind, "others") if kind else "directories"] += 1
@@ -218,8 +220,6 @@ class TarScan:
         """The name and size as pax records have them, and what is wrong with the member."""
         records = {**self._shared, **self._own}
         name = records.get(b"GNU.sparse.name") or records.get(b"path", b"").rstrip(b"/") or name
-        if self._own_damaged:
-            return name, size, "has a damaged pax header"
         if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
             return name, size, "is sparse, which is not supported"
         if b"size" in records:
