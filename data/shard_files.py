@@ -66,9 +66,9 @@ class LocalFile:
 
     def __init__(self, path: str | os.PathLike):
         self.name = os.fspath(path)
-        status = os.stat(path)  # noqa: PTH116
-        self.size, self.version = status.st_size, str(status.st_mtime_ns)
-        self._state = (status.st_size, status.st_mtime_ns)
+        self._state = _state(os.stat(path))  # noqa: PTH116
+        _, self.size, changed = self._state
+        self.version = str(changed)
 
     def read(self, offset: int, length: int) -> bytes:
         # The object and not its number alone is kept while it is used: another thread may drop it from the cache.
@@ -85,16 +85,24 @@ class LocalFile:
         return [self.read(offset, length) for offset in offsets]
 
 
+State = tuple[int, int, int]
+"""A file's inode, size in bytes and time of change in nanoseconds."""
+
+
+def _state(status: os.stat_result) -> State:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class _Handle:
     """An open file, closed with the last reference to it."""
 
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY)
 
-    def holds(self, state: tuple[int, int]) -> bool:
+    def holds(self, state: State) -> bool:
         """Whether this is the file still: neither changed nor removed nor replaced."""
         status = os.fstat(self.number)
-        return status.st_nlink > 0 and (status.st_size, status.st_mtime_ns) == state
+        return status.st_nlink > 0 and _state(status) == state
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -102,8 +110,8 @@ class _Handle:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _opened(path: str, state: tuple[int, int]) -> _Handle:
-    # Size and time of change make a file that took the place of another one under its name a different one.
+def _opened(path: str, state: State) -> _Handle:
+    # The state is there so that a file that took the place of another one under its name is not taken for it.
     return _Handle(path)
 
 

@@ -26,7 +26,7 @@ from webdataset.writer import TarWriter
 from .byte_cache import ByteCache
 from .index_files import load_index
 from .shard_files import GunzippedFile, ShardFile, expand_shards, open_file
-from .shard_index import INDEX_SUFFIX, MEMBER, META, Fault, ShardError, ShardIndex
+from .shard_index import INDEX_SUFFIX, MEMBER, META, Fault, ShardError, ShardIndex, leaves_folder
 from .tar_headers import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Sample:
     """One sample of a shard.
 
     Args:
-        key: its name in the shard.
+        key: its name in the shard; nothing but a name, whatever it looks like.
         shard: the path of the shard, for errors.
         members: contents by extension, in lower case, in the order of the shard.
     """
@@ -49,6 +49,12 @@ class Sample:
     key: str
     shard: str
     members: dict[str, bytes]
+
+    @property
+    def leaves_folder(self) -> bool:
+        """Whether the key would lie outside of the folder that it is joined to, so that nothing may be written there:
+        it is absolute, or has `..` in it."""
+        return leaves_folder(self.key)
 
     def text(self, extension: str = "txt") -> str:
         """A member as UTF-8.
