@@ -75,7 +75,7 @@ def scan_shard(file: ShardFile, cache: ByteCache) -> ShardIndex:
             index = scan_samples(_Empty(), file.name, stamp)
             return replace(index, faults=[Fault(file.name, 0, reason)])
     if not start.startswith(b"\x1f\x8b"):
-        return scan_samples(file, file.name, stamp, smallest_read=file.step)
+        return scan_samples(_Once(file), file.name, stamp, smallest_read=file.step)
     content = GunzippedFile(file, cache)
     index = scan_samples(content, file.name, stamp, "gzip", content.step)
     if content.damage:
@@ -90,6 +90,13 @@ def fingerprint(file: ShardFile) -> str:
     for piece in file.fetch_all(places, _PIECE):
         digest.update(piece)
     return digest.hexdigest()
+
+
+class _Once:
+    """A file that is read but this time, past the cache."""
+
+    def __init__(self, file: ShardFile):
+        self.size, self.read = file.size, file.fetch
 
 
 class _Empty:

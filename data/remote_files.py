@@ -67,10 +67,10 @@ class RemoteFile:
         end = min(offset + length, self.size)
         if end <= offset:
             return b""
-        if not self._check_ranges():
-            return self._from_whole(offset, end - offset)
         first, last = offset // CACHE_BLOCK, (end - 1) // CACHE_BLOCK
         blocks = [self._cache.get(self._block_name(i)) for i in range(first, last + 1)]
+        if None in blocks and not self._check_ranges():
+            return self._from_whole(offset, end - offset)
         for missing, stretch in groupby(range(len(blocks)), lambda i: blocks[i] is None):
             if missing:
                 numbers = list(stretch)
@@ -93,14 +93,13 @@ class RemoteFile:
             return [self._from_whole(start, end - start) for start, end in spans]
         if len(spans) == 1:
             return [self._ranged(start, end - start) for start, end in spans]
-        return self._patiently(
-            lambda fs, path: [
-                _complete(content, end - start)
-                for (start, end), content in zip(
-                    spans, fs.cat_ranges([path] * len(spans), *zip(*spans, strict=True)), strict=True
-                )
-            ]
-        )
+
+        def ask(fs: Any, path: str) -> list[bytes]:
+            starts, ends = ([span[i] for span in spans] for i in range(2))
+            contents = fs.cat_ranges([path] * len(spans), starts, ends, on_error="return")
+            return [_complete(content, end - start) for (start, end), content in zip(spans, contents, strict=True)]
+
+        return self._patiently(ask)
 
     def _ranged(self, start: int, length: int) -> bytes:
         if length == 0:
@@ -183,7 +182,10 @@ def patiently(url: str, options: Mapping[str, Any], ask: Callable[[Any, str], T]
 
 
 def with_defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Storage options, and for web servers time-outs of a silent connection in place of one of the whole transfer."""
+    """Storage options, and where they say nothing else: for web servers time-outs of a silent connection in place of
+    one of the whole transfer, for S3 no further patience below ours."""
+    if url.startswith("s3"):
+        return {**options, "config_kwargs": {"retries": {"max_attempts": 0}, **options.get("config_kwargs", {})}}
     if not url.startswith(("http://", "https://")):
         return dict(options)
     try:
@@ -196,7 +198,9 @@ def with_defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "client_kwargs": client, "headers": headers}
 
 
-def _complete(content: bytes, length: int) -> bytes:
+def _complete(content: bytes | BaseException, length: int) -> bytes:
+    if isinstance(content, BaseException):
+        raise content
     if len(content) != length:
         raise ConnectionError(f"{len(content)} bytes came instead of {length}")
     return content
