@@ -133,9 +133,10 @@ class ByteCache:
     def account(self, handle: int, reserved: int, more: int) -> None:
         """Gives the file of an entry `more` bytes (or fewer, below 0) beyond those reserved, making room for them."""
         with self._locked("total") as total:
-            used = int(os.pread(total, 32, 0) or 0)
-            if more > 0 and used + more > self.limit:
-                used = self._evict(more)
+            counted = os.pread(total, 32, 0)
+            used = int(counted) if counted else self._make_room(0)
+            if self.limit - used < more and 0 < reserved + more <= self.limit:
+                used = self._make_room(more)
             if more > 0 and used + more > self.limit:
                 raise CacheFullError(
                     errno.ENOSPC, f"the cache of {self.limit} bytes in {self.folder} has no room for {more} bytes more"
@@ -143,8 +144,8 @@ class ByteCache:
             os.ftruncate(handle, reserved + more)
             os.pwrite(total, b"%032d" % max(0, used + more), 0)
 
-    def _evict(self, more: int) -> int:
-        """Removes the least recently used until there is room; returns the bytes that are left in use."""
+    def _make_room(self, more: int) -> int:
+        """Removes the least recently used entries until `more` bytes fit; returns the bytes that are in use then."""
         found = []
         for path in self.folder.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):
@@ -175,8 +176,9 @@ class _Entry:
     def write(self, content: bytes) -> None:
         end = self.position + len(content)
         if end > self._reserved:
+            step = min(_STEP, self._cache.limit // 32)
             try:
-                self.reserve(end + _STEP)
+                self.reserve(end + step)
             except CacheFullError:
                 self.reserve(end)
         while self.position < end:
