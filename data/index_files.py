@@ -1,10 +1,10 @@
 """Keeps the indexes of shards, and finds out whether one is of the shard as it is now.
 
-An index lies beside its shard, or in a folder of its own under the shard's name and fingerprint, wherever the shard
-is. It is taken as it is if size, time of change (or ETag) and fingerprint agree. If only the time differs, as after
-`cp` and `touch`, the headers of a local shard are read again, since a fingerprint of pieces may miss a small change;
-a remote shard has another time in every place and is taken for the same. Anything else makes it another shard. And
-every read of a sample compares the headers on its way with the index.
+An index lies beside its shard, or in a folder of its own under the shard's name and fingerprint (of a remote one: its
+ETag or the like), wherever the shard is. It is taken as it is if size, time of change (or ETag) and fingerprint agree.
+If only the time differs, as after `cp` and `touch`, the headers of a local shard are read again, since a fingerprint of
+pieces may miss a small change; a remote shard has another time in every place and is taken for the same. Anything else
+makes it another shard. And every read of a sample compares the headers on its way with the index.
 """
 
 from __future__ import annotations
@@ -123,6 +123,8 @@ def _kept_of_remote(file: RemoteFile, cache: ByteCache) -> ShardIndex | None:
     name = f"index {file.name} {file.size} {file.version}"
     if (kept := cache.path(name)) is not None and (index := _open(kept, file)) is not None:
         return index
+    if "?" in file.name:  # a signed URL is of that file alone
+        return None
     try:
         content: bytes = patiently(file.name, file.options, lambda fs, path: fs.cat_file(path + INDEX_SUFFIX))
     except OSError:  # none there, or none that may be seen, which is no matter
@@ -206,4 +208,8 @@ def _place(file: ShardFile, folder: str | os.PathLike | None) -> Path:
         return Path(file.name + INDEX_SUFFIX)
     # The fingerprint tells apart shards of one name, and stays the same where the shards are moved.
     name = re.sub(r"[^\w.-]", "_", file.name.partition("?")[0].rpartition("/")[2])[:120]
-    return Path(folder) / f"{name}.{fingerprint(file)}{INDEX_SUFFIX}"
+    if isinstance(file, RemoteFile):  # without another request
+        tag = blake2b(f"{file.size} {file.version}".encode(), digest_size=8).hexdigest()
+    else:
+        tag = fingerprint(file)
+    return Path(folder) / f"{name}.{tag}{INDEX_SUFFIX}"

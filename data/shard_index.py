@@ -32,6 +32,8 @@ __all__ = ["INDEX_SUFFIX", "MEMBER", "META", "Fault", "ShardError", "ShardIndex"
 INDEX_SUFFIX = ".index.safetensors"
 _FORMAT, _VERSION = "herdkit.shard_index", 1
 _DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
+_WORTH_MAPPING = 1 << 16
+"""Bytes; a process can map some ten thousand files at most."""
 _FAULT = ("offset", "reason", "key", "member", "skipped")
 _ARRAYS = ("starts", "key_starts", "keys", "offsets", "sizes", "headers", "extensions")
 
@@ -164,15 +166,15 @@ class ShardIndex:
 
     @classmethod
     def open(cls, path: str | os.PathLike, shard: str) -> ShardIndex:
-        """Maps the file: its pages are read when they are needed, and shared by all processes.
+        """Maps a file unless it is small: its pages are read when they are needed, and shared by all processes.
 
         Raises:
             OSError: there is no such file.
             ValueError: see `from_bytes`.
         """
         with Path(path).open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise ValueError("is empty")
+            if os.fstat(file.fileno()).st_size < _WORTH_MAPPING:
+                return cls.from_bytes(file.read(), shard)
             return cls.from_bytes(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), shard)
 
 

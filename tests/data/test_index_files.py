@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -173,6 +174,28 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar"]
 
 
+def test_an_index_is_there_completely_or_not_at_all(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar")
+    write_bytes = Path.write_bytes
+
+    def fill_the_disk(self, content):
+        write_bytes(self, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill_the_disk)
+        assert texts(path) == RIGHT
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar"]
+    seen = []
+    monkeypatch.setattr(Path, "write_bytes", lambda *rest: seen.append(sidecar(path).exists()) or write_bytes(*rest))
+    assert texts(path) == RIGHT
+    assert seen == [False]
+    set_time(path, 10**18)
+    before = sidecar(path).stat().st_ino
+    assert texts(path) == RIGHT
+    assert sidecar(path).stat().st_ino != before
+
+
 def test_others_can_read_the_file(tmp_path):
     path = write(tmp_path / "a.tar")
     ShardReader(path)
@@ -275,6 +298,12 @@ def test_few_files_are_kept_open(tmp_path, monkeypatch):
     for _ in range(3):
         assert len(list(reader)) == 36
         assert opened() == 4
+    # While others close files that one reads from.
+    with ThreadPoolExecutor(8) as threads:
+        order = np.random.default_rng(0).integers(0, 36, 2000).tolist()
+        keys = list(threads.map(lambda i: reader[i].text(), order))
+    assert keys == [f"text {i % 3}" for i in order]
+    assert opened() == 4
 
 
 def test_processes(tmp_path):

@@ -177,6 +177,22 @@ def test_a_server_without_ranges(serve, folder, cache, right, caplog, tmp_path):
         ShardReader(f"{server.url}/s-0.tar", cache=small)
 
 
+def test_indexing_behind_a_web_server(serve, folder, tmp_path, capsys):
+    from herdkit.cli import main
+
+    server = serve(folder)
+    arguments = ["shards", "index", f"{server.url}/s-{{0..1}}.tar", "--cache-folder", str(tmp_path / "c")]
+    assert main(arguments) == 1
+    assert "the index cannot be written beside it" in (error := capsys.readouterr().err)
+    assert "name a folder for it" in error
+    assert main([*arguments, "--index-folder", str(tmp_path / "indexes"), "--workers", "2"]) == 0
+    assert '"samples": 80' in capsys.readouterr().out
+    server.requests.clear()
+    reader = ShardReader(f"{server.url}/s-{{0..1}}.tar", index_folder=tmp_path / "indexes")
+    assert len(reader) == 80
+    assert [method for method, *_ in server.requests] == ["HEAD", "HEAD"]
+
+
 @pytest.mark.parametrize("troubles", [["503"], ["503"] * 4, ["drop"], ["drop", "503", "drop"]])
 def test_passing_troubles(serve, folder, cache, right, troubles):
     server = serve(folder)
