@@ -7,7 +7,8 @@ Arrays, with n samples, m members and the smallest unsigned dtype that will do:
     key_starts (n + 1)  and the key keys[key_starts[i] : key_starts[i + 1]], UTF-8
     offsets (m)         of the data, in units of `unit` bytes, from the start of the uncompressed tar
     sizes (m)           of the data in bytes
-    headers (m)         CRC-32 of the 512 bytes before the data, by which a read knows that the shard is the same still
+    headers (m)         CRC-32 of the first 157 of the 512 bytes before the data, the header: its name, size, time and
+                        the sum of all its bytes, by which a read knows that the shard is the same still
     extensions (m)      number of the extension in the metadata's list
 """
 
@@ -93,7 +94,7 @@ class ShardIndex:
         return str(self._views["keys"][places[sample] : places[sample + 1]], "utf-8", "surrogateescape")
 
     def members(self, sample: int) -> tuple[list[str], list[int], list[int], list[int]]:
-        """Of the sample's members: extensions, offsets and sizes of the data in bytes, CRC-32 of the headers."""
+        """Of the sample's members: extensions, offsets and sizes of the data in bytes, CRC-32 of headers' starts."""
         views, names, unit = self._views, self.extension_names, self.unit
         some = slice(views["starts"][sample], views["starts"][sample + 1])
         return (

@@ -27,7 +27,7 @@ from .byte_cache import ByteCache
 from .index_files import load_index
 from .shard_files import GunzippedFile, ShardFile, expand_shards, open_file
 from .shard_index import INDEX_SUFFIX, MEMBER, META, Fault, ShardError, ShardIndex, leaves_folder
-from .tar_headers import BLOCK
+from .tar_headers import BLOCK, START
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +344,7 @@ def _read_members(file: ShardFile, index: ShardIndex, number: int, key: str) -> 
             if len(content) < end - begin:
                 raise ShardError(f"{file.name}: ends in sample {key}, before byte {end}; index it anew")
         start = offset - begin
-        if crc32(content[start - BLOCK : start]) != headers[place]:
+        if crc32(content[start - BLOCK : start - BLOCK + START]) != headers[place]:
             raise ShardError(f"{file.name}: changed since it was indexed, at byte {offset}; index it anew")
         members[extensions[place]] = content[start : start + sizes[place]]
     return members

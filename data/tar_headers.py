@@ -7,6 +7,8 @@ from zlib import adler32
 import numpy as np
 
 BLOCK = 512
+START = 157
+"""Bytes at the start of a header that say what it is of: name, size, time, the sum of all its bytes, kind."""
 
 _OCTAL = 8 ** np.arange(10, -1, -1)
 _MARK = np.frombuffer(b"ustar", np.uint8)
@@ -92,27 +94,29 @@ def pax_records(content: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def chained(blocks: np.ndarray) -> np.ndarray:
-    """The blocks that are headers if the first one is: every block (N, 512) is read as if it were a header, and only
-    those that lead from one to the next are kept."""
-    digits = blocks[:, 124:135] - np.uint8(ord("0"))
-    following = np.arange(1, len(blocks) + 1) + (digits @ _OCTAL + (BLOCK - 1)) // BLOCK
-    following[(digits > 7).any(1)] = len(blocks)
+def chained(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks that are headers if the first one is, and their sizes: every block (N, 512) is read as if it were a
+    header with a size of eleven digits, and only those that lead from one to the next are kept."""
+    digits, end = blocks[:, 124:135] - np.uint8(ord("0")), len(blocks)
+    sizes, wrong = digits @ _OCTAL, (digits > 7).any(1)
+    following = np.arange(1, end + 1) + (sizes + (BLOCK - 1)) // BLOCK
+    following[wrong] = end
     steps, chain, place = following.tolist(), [], 0
-    while place < len(steps):
+    while place < end:
         chain.append(place)
         place = steps[place]
-    return np.array(chain)
+    if wrong[chain[-1]]:
+        del chain[-1]
+    return np.array(chain, np.int64), sizes[chain]
 
 
-def plain_headers(headers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the blocks (N, 512) are marked headers, with eleven digits of size and a name in one part; the sizes."""
-    sums, sizes = headers[:, 148:154] - np.uint8(ord("0")), headers[:, 124:135] - np.uint8(ord("0"))
-    plain = (sums < 8).all(1) & (sizes < 8).all(1) & (headers[:, 345] == 0)
-    plain &= (headers[:, 257:262] == _MARK).all(1)
-    plain &= (headers[:, 135] == 0) | (headers[:, 135] == ord(" "))
+def plain_headers(headers: np.ndarray) -> np.ndarray:
+    """Which of the blocks (N, 512), with sizes of eleven digits, are marked headers with a name in one part."""
+    sums = headers[:, 148:154] - np.uint8(ord("0"))
     total = headers.sum(1, dtype=np.uint32) - headers[:, 148:156].sum(1, dtype=np.uint32) + 8 * ord(" ")
-    return plain & (sums @ _OCTAL[-6:] == total), sizes @ _OCTAL
+    plain = (sums < 8).all(1) & (sums @ _OCTAL[-6:] == total)
+    plain &= (headers[:, 257:262] == _MARK).all(1) & (headers[:, 345] == 0)
+    return plain & ((headers[:, 135] == 0) | (headers[:, 135] == ord(" ")))
 
 
 def say_nothing(blocks: np.ndarray, places: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 
 from .tar_headers import (
     BLOCK,
+    START,
     chained,
     is_header,
     matters,
@@ -46,7 +47,7 @@ _WORTH_A_RUN = 16
 
 
 class Members(NamedTuple):
-    """Some regular files, by columns: names, offsets and sizes of the data in bytes, CRC-32 of the header before them.
+    """Some regular files, by columns: names, offsets and sizes of the data in bytes, CRC-32 of the header's start.
 
     Names are as stored: maybe not UTF-8, maybe nothing that one would want as a path.
     """
@@ -138,11 +139,11 @@ class TarScan:
         if count < _WORTH_A_RUN:
             return None
         blocks = np.frombuffer(window, np.uint8, count * BLOCK, offset - base).reshape(count, BLOCK)
-        chain = chained(blocks)
+        chain, sizes = chained(blocks)
         if len(chain) < _WORTH_A_RUN:
             return None
         headers = blocks[chain]
-        plain, sizes = plain_headers(headers)
+        plain = plain_headers(headers)
         places = chain * BLOCK + offset
         files, pax = headers[:, 156] == ord("0"), headers[:, 156] == ord("x")
         plain &= pax | files & (places + BLOCK + sizes <= self._end)
@@ -155,7 +156,7 @@ class TarScan:
         names = headers[chosen, :100].view("S100").ravel().tolist()
         if b"\0" in b"".join(names):
             names = [name.partition(b"\0")[0] for name in names]
-        sums = list(map(crc32, headers[chosen]))
+        sums = list(map(crc32, headers[chosen, :START]))
         return Members(names, (places[chosen] + BLOCK).tolist(), sizes[chosen].tolist(), sums)
 
     def _one(self, offset: int) -> Events:
@@ -183,7 +184,7 @@ class TarScan:
             self.ignored[_DATALESS.get(kind, "others") if kind else "directories"] += 1
         else:
             self._last = (name, data)
-            yield Members([name], [data], [size], [crc32(header)])
+            yield Members([name], [data], [size], [crc32(header[:START])])
         self._forget()
         return data + padded(size)
 
