@@ -15,7 +15,7 @@ import torch
 
 from ..data.shards import ShardReader
 from ..data.sources import SourceConfig
-from ..data.synthetic.needles import needle
+from ..data.synthetic.needles import needles
 from .model import Transformer
 from .tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class NeedleTest:
     def haystack(self, length: int, depth: float, number: int) -> tuple[list[int], list[int]]:
         """Prompt and answer tokens, `length` in all, with the needle at the depth."""
         rng = Random(f"{self.config.seed}/{length}/{depth}/{number}")
-        hidden = needle(rng)
+        (hidden,) = needles(rng, 1)
         statement = self.tokenizer.encode(f" {hidden.statement}")
         question, answer = self.tokenizer.encode(f" {hidden.question}"), self.tokenizer.encode(hidden.answer)
         straw = length - 1 - len(statement) - len(question) - len(answer)
