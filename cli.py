@@ -134,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate_parser.add_argument("--out", type=Path, required=True, help=".jsonl to write, in the order of the prompts")
     generate_parser.add_argument("--samples", type=int, default=1, help="completions of each prompt (%(default)s)")
     generate_parser.add_argument("--batch-size", type=int, default=16, help="prompts that run together (%(default)s)")
+    generate_parser.add_argument("--compile", action="store_true", help="compile the step first, which takes a minute")
     generate_parser.add_argument("--draft", type=Path, help="smaller model of the same vocabulary, which speeds it up")
     generate_parser.add_argument("--draft-tokens", type=int, default=4, help="it proposes at a time (%(default)s)")
     add_sampling(generate_parser, max_new_tokens=256, seed=0)
@@ -272,6 +273,11 @@ def generate(options: argparse.Namespace) -> None:
         from .text.quantisation import quantise
 
         quantise(model)
+    step = None
+    if options.compile:
+        from .text.compiled import compile_step
+
+        step = compile_step(model, freeze=model.output_weight.device.type == "cpu")
     result = generate_file(
         model,
         tokenizer,
@@ -281,6 +287,7 @@ def generate(options: argparse.Namespace) -> None:
         samples=options.samples,
         seed=options.seed,
         batch_size=options.batch_size,
+        step=step,
         speculation=speculation,
         settings={"model": str(options.model.resolve()), "draft": str(options.draft), "int8": options.int8},
     )

@@ -75,7 +75,8 @@ def haystacks(prose: Sequence[str], count: int, words: tuple[int, int], spacing:
             hidden, asked = sorted(rng.choices(range(length + 1), k=2))
             before[hidden].append(one.statement)
             before[asked].append(one.question + one.answer + ".")
-        yield " ".join(part for sentences, word in zip(before, [*straw, ""], strict=True) for part in [*sentences, word]).rstrip()
+        parts = [part for at, sentences in enumerate(before) for part in [*sentences, *straw[at : at + 1]]]
+        yield " ".join(parts)
 
 
 def write_haystacks(

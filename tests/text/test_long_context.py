@@ -93,7 +93,7 @@ def test_every_hidden_password_is_asked_for_after_it():
         words = len(re.sub(sentence, "", text).split())
         assert len(hidden) == words // 20
         lengths.append(words)
-    assert min(lengths) >= 20 and max(lengths) <= 200 and max(lengths) > 4 * min(lengths)
+    assert 20 <= min(lengths) < max(lengths) / 4 <= 50
 
 
 def test_haystacks_have_their_length_and_the_needle_at_its_depth(recipe, made):
