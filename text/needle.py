@@ -120,6 +120,7 @@ def plot(result: NeedleResult, path: Path, title: str) -> None:
     axes.set_title(title)
     for i, row in enumerate(grid.tolist()):
         for j, share in enumerate(row):
-            axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            legible = "black" if 0.15 < share < 0.85 else "white"
+            axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8, color=legible)
     figure.colorbar(image, label="found")
     figure.savefig(path, dpi=120)
