@@ -40,9 +40,9 @@ class SpeechRecipe(AdapterRecipe):
         answer_weight: of the language model's loss, the paper's only one. At 0 the language model is left out, and
             the CTC losses alone train encoder and adapter, in two thirds of the time.
         ctc_weight: of a CTC loss that spells the transcript, in bytes of UTF-8, from the encoder alone.
-        alignment_weight: of a CTC loss that reads the transcript's tokens off the soft tokens, whose classes are
-            the language model's own token embeddings: what is heard comes to the language model as the words that
-            it knows. Neither loss is in the paper; both shorten the way by far.
+        alignment_weight: of a CTC loss that reads the transcript's tokens off the soft tokens (`token_logits` of the
+            adapter): what is heard comes to the language model as the words that it knows. Neither loss is in the
+            paper; both shorten the way by far.
         blank: text of the token that stands where no word is heard, for the alignment; the language model should
             have learned to read past it.
         augment: masks of SpecAugment; None for none.
@@ -209,6 +209,8 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         if recipe.adapter.word_temperature is not None and recipe.alignment_weight:
             recipe.adapter.pause = blank
         adapter = SpeechAdapter(recipe.adapter, model.text.config)
+        if adapter.words is not None:
+            adapter.start_words(model.text.tok_embeddings.weight)
         if recipe.adapter.pause is not None:
             surround_as_text(adapter, model)
         if recipe.encoder_weights:
