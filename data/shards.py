@@ -129,8 +129,7 @@ class ShardWriter:
             if len(value) > MAX_MEMBER_BYTES:
                 raise ShardError(f"{self.pattern}: {key}.{extension}: {len(value)} bytes; the limit is 8 GiB")
         size = sum(map(len, content.values()))
-        full = self._in_shard >= self.max_count or self._bytes + size > self.max_bytes
-        if self._tar is not None and full:
+        if self._tar is not None and self._bytes + size > self.max_bytes:
             self._finish()
         tar = self._tar if self._tar is not None else self._begin()
         if key in self._keys:
@@ -140,6 +139,8 @@ class ShardWriter:
         self._in_shard += 1
         self._bytes += size
         self.count += 1
+        if self._in_shard >= self.max_count:
+            self._finish()
 
     def close(self) -> None:
         """Completes the shard under way."""

@@ -96,13 +96,13 @@ def write_shards(
     with ExitStack() as stack:
         writer = ShardWriter(pattern, max_count=max_count, max_bytes=max_bytes, existing=existing)
         faults = stack.enter_context(_Faults(None if report is None else Path(report)))
-        bad, total = _look(samples, faults, progress)
+        bad, total, seen = _look(samples, faults, progress)
         good = total - len(bad)
         if faults.count and (on_bad == "raise" or not good):
             raise InputError(faults.first, faults.count)
         if not total:
             raise ShardError(f"{writer.pattern}: the input holds no samples")
-        chosen: Iterable[Draft | Fault] = _all_but(samples, bad, total)
+        chosen: Iterable[Draft | Fault] = _all_but(samples, bad, seen)
         if shuffle is not None:
             spool = stack.enter_context(tempfile.TemporaryFile(dir=Path(writer.pattern).parent))
             chosen = _shuffled(chosen, spool, shuffle)
@@ -155,12 +155,14 @@ class _Faults:
             self._draft.replace(self._report)
 
 
-def _look(samples: Input, faults: _Faults, progress: Progress | None) -> tuple[set[int], int]:
-    """The positions of what cannot be written, and how many positions there are."""
+def _look(samples: Input, faults: _Faults, progress: Progress | None) -> tuple[set[int], int, bytes]:
+    """The positions of what cannot be written, how many positions there are, and a digest of all that was seen."""
     bad: set[int] = set()
     digests = array("Q")
+    seen = blake2b()
     total = 0
     for position, item in enumerate(samples):
+        seen.update(_described(item))
         fault = item if isinstance(item, Fault) else draft_fault(item)
         if fault is not None:
             faults.add(fault)
@@ -181,21 +183,27 @@ def _look(samples: Input, faults: _Faults, progress: Progress | None) -> tuple[s
                 bad.add(position)
             else:
                 first[item.key] = item.where
-    return bad, total
+    return bad, total, seen.digest()
 
 
 def _digest(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-def _all_but(samples: Input, bad: set[int], total: int) -> Iterator[Draft | Fault]:
-    count = 0
+def _described(item: Draft | Fault) -> bytes:
+    """All of a sample but the contents of its members."""
+    names = list(item.members) if isinstance(item, Draft) else item.reason
+    return json.dumps([item.where, item.key, names]).encode()
+
+
+def _all_but(samples: Input, bad: set[int], seen: bytes) -> Iterator[Draft | Fault]:
+    again = blake2b()
     for position, item in enumerate(samples):
-        count = position + 1
+        again.update(_described(item))
         if position not in bad:
             yield item
-    if count != total:
-        raise ShardError(f"the input has changed while it was read: {total:,} samples at first, then {count:,}")
+    if again.digest() != seen:
+        raise ShardError("the input has changed since it was looked at: begin anew")
 
 
 def _read(draft: Draft | Fault, check: bool) -> Sample | Fault:
