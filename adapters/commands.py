@@ -15,8 +15,8 @@ from PIL import Image
 from ..data.contact_sheet import audio_sheet, image_sheet, video_sheet
 from ..data.drafts import Fault
 from ..data.media_check import kind_of, member_fault
+from ..data.shard_survey import as_text, damaged_samples, find, histogram, survey_shards
 from ..data.shards import Sample, ShardError, ShardReader
-from ..data.survey import as_text, damaged_samples, find, histogram, survey
 from ..data.wording import byte_size, counted, printable
 from ..train.files import write_bytes
 from ..train.progress import ProgressLine
@@ -56,10 +56,10 @@ def show(options: argparse.Namespace) -> None:
     if options.count < 1 or options.measure < 0:
         raise ValueError(f"--count must be at least 1 and --measure 0, not {options.count} and {options.measure}")
     encode = None if options.tokenizer is None else SampleEncoder(options.tokenizer)
-    found = survey(options.shards)
+    found = survey_shards(options.shards)
     if not found.shards:
         _print_damaged(found.damaged)
-        raise ShardError(f"none of the shards can be read ({len(found.damaged)})")
+        raise ShardError(f"no shard of {len(found.damaged)} can be read; the first: {found.damaged[0]}")
     print(as_text(found))
     reader = ShardReader(found.shards)
     first = range(min(options.count, len(reader)))

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..data.dialogs import MEDIA_TYPES, Part, dialog_sample
 from ..data.drafts import Fault
+from ..data.shard_survey import Spread
 from ..data.shards import Sample
-from ..data.survey import Spread
 from ..text.row_stage import document_encoder
 from ..text.rows import Document
 from ..text.tokenizer import Tokenizer

@@ -1,18 +1,29 @@
 """Samples and shards: decoding, storing, mixing and loading. Knows no model."""
 
 from .dialogs import DialogError, Message, Part, dialog_sample, parse_dialog
+from .drafts import Draft, Fault, InputError
+from .folder_tree import FolderTree
 from .loader import BadSample, Loader, LoaderError
+from .manifests import Columns, Manifest
 from .media import Clip, MediaError, load_audio, load_image, load_video
 from .mixture import Mixture, Place
 from .packing import fill, pack
+from .shard_survey import Survey, survey_shards
+from .shard_writing import write_shards
 from .shards import Sample, ShardError, ShardReader, ShardWriter
 
 __all__ = [
     "BadSample",
     "Clip",
+    "Columns",
     "DialogError",
+    "Draft",
+    "Fault",
+    "FolderTree",
+    "InputError",
     "Loader",
     "LoaderError",
+    "Manifest",
     "MediaError",
     "Message",
     "Mixture",
@@ -22,6 +33,7 @@ __all__ = [
     "ShardError",
     "ShardReader",
     "ShardWriter",
+    "Survey",
     "dialog_sample",
     "fill",
     "load_audio",
@@ -29,4 +41,6 @@ __all__ = [
     "load_video",
     "pack",
     "parse_dialog",
+    "survey_shards",
+    "write_shards",
 ]

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .drafts import Fault, Input, InputError
 from .folder_tree import FolderTree
 from .manifests import SUFFIXES, Columns, Manifest
-from .wording import byte_size, counted
-from .write_shards import write_shards
+from .shard_writing import write_shards
+from .wording import byte_size, counted, printable
 
 SHOWN_FAULTS = 20
 
@@ -83,11 +83,8 @@ def write(options: argparse.Namespace) -> None:
             _print_faults(error.faults, error.count)
             raise
     if isinstance(samples, FolderTree) and samples.ignored:
-        print(
-            f"{samples.ignored:,} files and folders belong to no sample (no extension, or hidden), such as "
-            f"{samples.first_ignored}",
-            file=sys.stderr,
-        )
+        which = f"{samples.ignored:,}, such as {printable(samples.first_ignored)}"
+        print(f"left out, since they are hidden or have no extension: {which}", file=sys.stderr)
     if written.skipped:
         _print_faults(written.faults, written.skipped)
     result = {"shards": len(written.shards), "samples": written.samples, "bytes": written.bytes}
@@ -165,12 +162,17 @@ def _print_faults(faults: list[Fault], count: int) -> None:
 def _bar() -> Iterator[Callable[[str, int, int | None], None]]:
     """A progress bar on standard error, as a function of (what is done, so many, of so many)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(compact=True), console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
+    bar = Progress(*columns, TimeRemainingColumn(compact=True), console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
 
-        def update(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+    def update(what: str, done: int, total: int | None) -> None:
+        if what not in tasks:
+            bar.start()
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        if tasks:
+            bar.stop()

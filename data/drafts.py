@@ -1,7 +1,7 @@
 """Samples that are about to be stored: what their members are to be made of, and what is wrong with them.
 
 Inputs (`herdkit.data.folder_tree`, `herdkit.data.manifests`) are iterables of `Draft` and `Fault` that can be
-gone through several times and give the same each time; `herdkit.data.write_shards` makes shards of them.
+gone through several times and give the same each time; `herdkit.data.shard_writing` makes shards of them.
 """
 
 from __future__ import annotations

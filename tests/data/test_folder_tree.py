@@ -4,8 +4,8 @@ import subprocess
 import pytest
 from herdkit.data.drafts import Draft, Fault
 from herdkit.data.folder_tree import FolderTree
+from herdkit.data.shard_writing import write_shards
 from herdkit.data.shards import ShardReader
-from herdkit.data.write_shards import write_shards
 
 
 def fill(folder, names):

@@ -14,8 +14,8 @@ import webdataset
 from herdkit.data.drafts import Draft, Fault, InputError
 from herdkit.data.folder_tree import FolderTree
 from herdkit.data.manifests import Columns, Manifest
+from herdkit.data.shard_writing import write_shards
 from herdkit.data.shards import ShardError, ShardReader
-from herdkit.data.write_shards import write_shards
 from PIL import Image
 
 
@@ -182,7 +182,7 @@ def test_keys_in_tables(tmp_path):
 
 
 def test_keys_of_equal_digests_are_not_confused(tmp_path, monkeypatch):
-    monkeypatch.setattr("herdkit.data.write_shards._digest", lambda key: 7)
+    monkeypatch.setattr("herdkit.data.shard_writing._digest", lambda key: 7)
     tree = made_tree(tmp_path / "tree", 6)
     assert contents(write_shards(tmp_path / "made" / "%d.tar", tree).shards) == right(6)
 

@@ -75,7 +75,7 @@ class Survey:
     damaged: list[Fault] = field(default_factory=list)
 
 
-def survey(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> Survey:
+def survey_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> Survey:
     """Looks through the indexes of shards; no sample is read.
 
     Args:
