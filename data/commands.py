@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,14 +75,13 @@ def write(options: argparse.Namespace) -> None:
     """`herdkit shards write`."""
     samples = _input(options)
     names = ("max_count", "max_bytes", "existing", "shuffle", "check", "on_bad", "report", "workers")
-    with _bar() as progress:
-        try:
-            written = write_shards(
-                options.pattern, samples, progress=progress, **{name: getattr(options, name) for name in names}
-            )
-        except InputError as error:
-            _print_faults(error.faults, error.count)
-            raise
+    settings = {name: getattr(options, name) for name in names}
+    try:
+        with _bar() as progress:
+            written = write_shards(options.pattern, samples, progress=progress, **settings)
+    except InputError as error:
+        _print_faults(error.faults, error.count)
+        raise
     if isinstance(samples, FolderTree) and samples.ignored:
         which = f"{samples.ignored:,}, such as {printable(samples.first_ignored)}"
         print(f"left out, since they are hidden or have no extension: {which}", file=sys.stderr)
@@ -164,15 +164,26 @@ def _bar() -> Iterator[Callable[[str, int, int | None], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TimeRemainingColumn(compact=True), console=Console(stderr=True))
     tasks: dict[str, Any] = {}
+    latest: dict[str, tuple[int, int | None]] = {}
+    shown = 0.0
 
     def update(what: str, done: int, total: int | None) -> None:
-        if what not in tasks:
-            bar.start()
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
+        nonlocal shown
+        latest[what] = done, total
+        if time.monotonic() - shown > 0.1:  # samples come faster than anybody can read
+            show()
+            shown = time.monotonic()
+
+    def show() -> None:
+        for what, (done, total) in latest.items():
+            if what not in tasks:
+                bar.start()
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
 
     try:
         yield update
     finally:
-        if tasks:
+        show()
+        if tasks:  # else there would be an empty line
             bar.stop()

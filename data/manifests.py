@@ -100,6 +100,8 @@ class Manifest:
         self.paths = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
         self.columns = columns or Columns()
         self.delimiter = delimiter
+        if delimiter is not None and len(delimiter) != 1:
+            raise ValueError(f"the delimiter of CSV is one character, not {delimiter!r}")
         for path in self.paths:
             if path.suffix.lower() not in SUFFIXES:
                 raise ValueError(f"{path}: a manifest is a file that ends with {', '.join(SUFFIXES)}")

@@ -91,6 +91,7 @@ def test_every_fault_on_a_line(run, tmp_path):
         (["%d.tar", "--from", "t.csv", "--file", "a", "--file", "a=b"], "--file names a column twice"),
         (["%d.tar", "--from", "t.csv", "--file", "a", "--text", "a"], "column 'a' is given two uses"),
         (["%d.tar", "--from", "t.csv", "--file", "a"], "t.csv:2: sample 000000000: column a: '1' has no extension"),
+        (["%d.tar", "--from", "t.csv", "--delimiter", "tab"], "the delimiter of CSV is one character, not 'tab'"),
         (["%d.tar", "--from", "in", "--max-count", "0"], "max_count and max_bytes must be at least 1"),
     ],
 )

@@ -90,6 +90,12 @@ def test_shuffled(tmp_path):
     assert order(0) == one
 
 
+def test_the_order_of_a_seed_stays_the_same_in_later_versions(tmp_path):
+    drafts = [Draft("here", str(i), {"txt": b"x"}) for i in range(12)]
+    shards = write_shards(tmp_path / "%d.tar", drafts, shuffle=0).shards
+    assert [int(key) for key, _ in contents(shards)] == [11, 3, 2, 1, 8, 6, 0, 7, 4, 10, 5, 9]
+
+
 def test_tables_shuffled_with_what_they_hold(tmp_path):
     rows = [{"id": i, "text": f"é {i}\n" * (i % 5 + 1), "more": {"n": i}} for i in range(40)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
