@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from ..data.contact_sheet import audio_sheet, image_sheet, video_sheet
-from ..data.drafts import Fault
-from ..data.media_check import kind_of, member_fault
+from ..data.drafts import Problem
+from ..data.media_check import kind_of, member_problem
 from ..data.shard_survey import as_text, damaged_samples, find, histogram, survey_shards
 from ..data.shards import Sample, ShardError, ShardReader
 from ..data.wording import byte_size, counted, printable
@@ -23,7 +23,7 @@ from ..train.progress import ProgressLine
 from .dialog_page import dialog_page
 from .sample_tokens import SampleEncoder, TokenLengths, token_lengths
 
-SHOWN_FAULTS = 20
+SHOWN_PROBLEMS = 20
 SHEETS = {"images.png": image_sheet, "videos.png": video_sheet, "audio.png": audio_sheet}
 
 
@@ -79,15 +79,15 @@ def show(options: argparse.Namespace) -> None:
         count = min(options.measure or len(reader), len(reader))
         measured = _Samples(reader, [place * len(reader) // count for place in range(count)])
         with ProgressLine("counting tokens", count) as line:
-            kinds, faults = token_lengths(measured, encode, lambda done: line.update(done, ""))
+            kinds, problems = token_lengths(measured, encode, lambda done: line.update(done, ""))
         _print_lengths(kinds, "" if count == len(reader) else f"; {counted(count, 'sample')} evenly spread over all")
         names = ("count", "total", "least", "median", "most")
         result["tokens"] = {
             kind: {name: getattr(one.lengths, name) for name in names} | {"in_loss": one.in_loss}
             for kind, one in kinds.items()
         }
-        known = {(fault.where, fault.key) for fault in damaged}
-        damaged += [fault for fault in faults if (fault.where, fault.key) not in known]
+        known = {(problem.where, problem.key) for problem in damaged}
+        damaged += [problem for problem in problems if (problem.where, problem.key) not in known]
     _print_damaged(damaged)
     result["damaged"] = len(damaged)
     if options.out is not None:
@@ -113,7 +113,7 @@ def _print_text(sample: Sample) -> None:
         kind = kind_of(extension)
         if kind in ("text", "json"):
             text = content.decode("utf-8", "backslashreplace")
-            if kind == "json" and member_fault(extension, content) is None:
+            if kind == "json" and member_problem(extension, content) is None:
                 text = json.dumps(json.loads(text), ensure_ascii=False, indent=2)
             print(f"\n--- {printable(extension)}")
             print("\n".join(printable(line.replace("\t", "    ")) for line in text.splitlines()))
@@ -131,16 +131,16 @@ def _print_lengths(kinds: dict[str, TokenLengths], which: str) -> None:
             print(f"  no adapter for {', '.join(found.stand_ins)} was given: each of those counts as one token")
 
 
-def _print_damaged(damaged: list[Fault]) -> None:
+def _print_damaged(damaged: list[Problem]) -> None:
     if damaged:
         print("\ndamaged")
-    for fault in damaged[:SHOWN_FAULTS]:
-        print(f"  {fault}")
-    if len(damaged) > SHOWN_FAULTS:
-        print(f"  ... and {len(damaged) - SHOWN_FAULTS:,} more, all of which --out FOLDER keeps")
+    for problem in damaged[:SHOWN_PROBLEMS]:
+        print(f"  {problem}")
+    if len(damaged) > SHOWN_PROBLEMS:
+        print(f"  ... and {len(damaged) - SHOWN_PROBLEMS:,} more, all of which --out FOLDER keeps")
 
 
-def _write(folder: Path, shown: _Samples, encode: SampleEncoder | None, damaged: list[Fault]) -> list[Path]:
+def _write(folder: Path, shown: _Samples, encode: SampleEncoder | None, damaged: list[Problem]) -> list[Path]:
     """The files that there is something for, and no older ones of the same names beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -160,7 +160,7 @@ def _write(folder: Path, shown: _Samples, encode: SampleEncoder | None, damaged:
         write(name, None if picture is None else _png(picture))
     page = None if encode is None else dialog_page(shown, encode)
     write("dialogs.html", None if page is None else page.encode())
-    lines = "".join(json.dumps(asdict(fault)) + "\n" for fault in damaged)
+    lines = "".join(json.dumps(asdict(problem)) + "\n" for problem in damaged)
     write("damaged.jsonl", lines.encode() if lines else None)
     if encode is None and any(kind_of(name) == "json" for sample in shown for name in sample.members):
         print("dialogs are shown with --tokenizer MODEL")

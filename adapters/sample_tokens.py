@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.dialogs import MEDIA_TYPES, Part, dialog_sample
-from ..data.drafts import Fault
+from ..data.drafts import Problem
 from ..data.shard_survey import Spread
 from ..data.shards import Sample
 from ..text.row_stage import document_encoder
@@ -107,7 +107,7 @@ class TokenLengths:
 
 def token_lengths(
     samples: Iterable[Sample], encode: SampleEncoder, progress: Callable[[int], None] | None = None
-) -> tuple[dict[str, TokenLengths], list[Fault]]:
+) -> tuple[dict[str, TokenLengths], list[Problem]]:
     """The lengths of samples in tokens by kind, and those that cannot be encoded.
 
     Args:
@@ -116,12 +116,12 @@ def token_lengths(
     lengths: dict[str, list[int]] = {}
     in_loss: Counter[str] = Counter()
     met: dict[str, set[str]] = {}
-    faults = []
+    problems = []
     for done, sample in enumerate(samples, start=1):
         try:
             found = encode(sample)
         except ValueError as error:
-            faults.append(Fault(sample.shard, sample.key, reason_in(error, sample)))
+            problems.append(Problem(sample.shard, sample.key, reason_in(error, sample)))
             found = None
         if found is not None:
             lengths.setdefault(found.kind, []).append(len(found.tokens))
@@ -133,7 +133,7 @@ def token_lengths(
         kind: TokenLengths(Spread.of(lengths[kind]), in_loss[kind], sorted(met[kind].intersection(encode.stand_ins)))
         for kind in sorted(lengths)
     }
-    return kinds, faults
+    return kinds, problems
 
 
 def has_dialog(sample: Sample) -> bool:

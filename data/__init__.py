@@ -1,7 +1,7 @@
 """Samples and shards: decoding, storing, mixing and loading. Knows no model."""
 
 from .dialogs import DialogError, Message, Part, dialog_sample, parse_dialog
-from .drafts import Draft, Fault, InputError
+from .drafts import Draft, InputError, Problem
 from .folder_tree import FolderTree
 from .loader import BadSample, Loader, LoaderError
 from .manifests import Columns, Manifest
@@ -18,7 +18,6 @@ __all__ = [
     "Columns",
     "DialogError",
     "Draft",
-    "Fault",
     "FolderTree",
     "InputError",
     "Loader",
@@ -29,6 +28,7 @@ __all__ = [
     "Mixture",
     "Part",
     "Place",
+    "Problem",
     "Sample",
     "ShardError",
     "ShardReader",

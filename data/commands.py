@@ -16,13 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .drafts import Fault, Input, InputError
+from .drafts import Input, InputError, Problem
 from .folder_tree import FolderTree
 from .manifests import SUFFIXES, Columns, Manifest
 from .shard_writing import write_shards
 from .wording import byte_size, counted, printable
 
-SHOWN_FAULTS = 20
+SHOWN_PROBLEMS = 20
 
 
 def add_shards_commands(commands: Any) -> Any:
@@ -80,13 +80,13 @@ def write(options: argparse.Namespace) -> None:
         with _bar() as progress:
             written = write_shards(options.pattern, samples, progress=progress, **settings)
     except InputError as error:
-        _print_faults(error.faults, error.count)
+        _print_problems(error.problems, error.count)
         raise
     if isinstance(samples, FolderTree) and samples.ignored:
         which = f"{samples.ignored:,}, such as {printable(samples.first_ignored)}"
         print(f"left out, since they are hidden or have no extension: {which}", file=sys.stderr)
     if written.skipped:
-        _print_faults(written.faults, written.skipped)
+        _print_problems(written.problems, written.skipped)
     result = {"shards": len(written.shards), "samples": written.samples, "bytes": written.bytes}
     first, last = written.shards[0], written.shards[-1]
     made = f"{counted(written.samples, 'sample')} in {counted(len(written.shards), 'shard')}"
@@ -151,11 +151,11 @@ def _cores() -> int:
     return min(found, 8)
 
 
-def _print_faults(faults: list[Fault], count: int) -> None:
-    for fault in faults[:SHOWN_FAULTS]:
-        print(fault, file=sys.stderr)
-    if count > SHOWN_FAULTS:
-        print(f"... and {count - SHOWN_FAULTS:,} more; --report FILE keeps all of them", file=sys.stderr)
+def _print_problems(problems: list[Problem], count: int) -> None:
+    for problem in problems[:SHOWN_PROBLEMS]:
+        print(problem, file=sys.stderr)
+    if count > SHOWN_PROBLEMS:
+        print(f"... and {count - SHOWN_PROBLEMS:,} more; --report FILE keeps all of them", file=sys.stderr)
 
 
 @contextmanager

@@ -41,14 +41,14 @@ class Tile:
         picture: at most as large as the sheet's box; None where the member is damaged.
         facts: what is said beside the title, or below it where that leaves no room.
         caption: lines below that.
-        fault: why there is no picture.
+        problem: why there is no picture.
     """
 
     title: str
     picture: Image.Image | None = None
     facts: str = ""
     caption: list[str] = field(default_factory=list)
-    fault: str = ""
+    problem: str = ""
 
 
 def sheet(tiles: Sequence[Tile], box: tuple[int, int], columns: int) -> Image.Image:
@@ -219,8 +219,8 @@ def _tiles(samples: Iterable[Sample], kind: str, make: Callable[[Sample, str], T
             try:
                 tile = make(sample, extension)
             except MediaError as error:
-                tile = Tile(sample.key, fault=f"{extension}: {error.reason}")
-            tile.title, tile.fault = printable(tile.title), printable(tile.fault)
+                tile = Tile(sample.key, problem=f"{extension}: {error.reason}")
+            tile.title, tile.problem = printable(tile.title), printable(tile.problem)
             tiles.append(tile)
     return tiles
 
@@ -233,8 +233,8 @@ def _words(tile: Tile, width: int) -> list[list[Run]]:
     """The lines below a picture."""
     bold, plain = _font(13, bold=True), _font(12)
     title: Run = (shortened(tile.title, bold, width, keep_end=True), _INK, bold)
-    if tile.fault:
-        return [[title], *([(line, _WRONG, plain)] for line in wrapped(tile.fault, plain, width, 3))]
+    if tile.problem:
+        return [[title], *([(line, _WRONG, plain)] for line in wrapped(tile.problem, plain, width, 3))]
     facts: Run = (shortened(tile.facts, plain, width), _QUIET, plain)
     beside = bold.getlength(title[0]) + 8 + plain.getlength(facts[0]) <= width
     head = [[title, facts]] if beside else [[title], [facts]]

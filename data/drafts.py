@@ -1,6 +1,6 @@
 """Samples that are about to be stored: what their members are to be made of, and what is wrong with them.
 
-Inputs (`herdkit.data.folder_tree`, `herdkit.data.manifests`) are iterables of `Draft` and `Fault` that can be
+Inputs (`herdkit.data.folder_tree`, `herdkit.data.manifests`) are iterables of `Draft` and `Problem` that can be
 gone through several times and give the same each time; `herdkit.data.shard_writing` makes shards of them.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .shards import MAX_MEMBER_BYTES, ShardError, naming_fault
+from .shards import MAX_MEMBER_BYTES, ShardError, naming_problem
 from .wording import printable
 
 
@@ -32,7 +32,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Fault:
+class Problem:
     """Something of an input that cannot become a sample, or a part of a shard that is damaged.
 
     Args:
@@ -49,33 +49,33 @@ class Fault:
         return printable(f"{self.where}: {f'sample {self.key}: ' if self.key else ''}{self.reason}")
 
 
-Input = Iterable[Draft | Fault]
+Input = Iterable[Draft | Problem]
 
 
 class InputError(ShardError):
-    """Faults that stop the writing; the message names the first and their number.
+    """Problems that stop the writing; the message names the first and their number.
 
     Attributes:
-        faults: the first hundred or so. count: how many there are.
+        problems: the first hundred or so. count: how many there are.
     """
 
-    def __init__(self, faults: list[Fault], count: int):
-        more = f"; {count - 1:,} more of {count:,} faults" if count > 1 else ""
-        super().__init__(f"{faults[0]}{more}")
-        self.faults, self.count = faults, count
+    def __init__(self, problems: list[Problem], count: int):
+        more = f"; {count - 1:,} more of {count:,} problems" if count > 1 else ""
+        super().__init__(f"{problems[0]}{more}")
+        self.problems, self.count = problems, count
 
 
-def draft_fault(draft: Draft) -> Fault | None:
+def draft_problem(draft: Draft) -> Problem | None:
     """What can be said against a sample without reading its files."""
-    if reason := naming_fault(draft.key, draft.members):
-        return Fault(draft.where, "", reason)
+    if reason := naming_problem(draft.key, draft.members):
+        return Problem(draft.where, "", reason)
     for content in draft.members.values():
-        if isinstance(content, Path) and (reason := file_fault(content)):
-            return Fault(draft.where, draft.key, reason)
+        if isinstance(content, Path) and (reason := file_problem(content)):
+            return Problem(draft.where, draft.key, reason)
     return None
 
 
-def file_fault(path: Path) -> str | None:
+def file_problem(path: Path) -> str | None:
     """Why a file cannot become a member, or None where it can."""
     try:
         status = path.stat()

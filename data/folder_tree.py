@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .drafts import Draft, Fault, reason_of
+from .drafts import Draft, Problem, reason_of
 from .shard_index import MEMBER, META
 
 
@@ -35,23 +35,23 @@ class FolderTree:
         self.ignored = 0
         self.first_ignored = ""
 
-    def __iter__(self) -> Iterator[Draft | Fault]:
+    def __iter__(self) -> Iterator[Draft | Problem]:
         self.ignored, self.first_ignored = 0, ""
         return self._walk(self.path, "", ())
 
-    def _walk(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Draft | Fault]:
+    def _walk(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Draft | Problem]:
         """`prefix` is what keys begin with here; `above` are the folders around it, as device and inode."""
         try:
             status = folder.stat()
             if (here := (status.st_dev, status.st_ino)) in above:
-                yield Fault(str(folder), "", "a link that leads back to a folder around it")
+                yield Problem(str(folder), "", "a link that leads back to a folder around it")
                 return
             with os.scandir(folder) as found:
                 entries = sorted((entry.name, _is_folder(entry)) for entry in found)
         except OSError as error:
-            yield Fault(str(folder), "", f"cannot list the folder: {reason_of(error)}")
+            yield Problem(str(folder), "", f"cannot list the folder: {reason_of(error)}")
             return
-        samples: dict[str, Draft | Fault] = {}
+        samples: dict[str, Draft | Problem] = {}
         folders = []
         for name, is_folder in entries:
             match = MEMBER.match(name)
@@ -65,7 +65,7 @@ class FolderTree:
                 sample = samples.setdefault(stem, Draft(str(folder), prefix + stem))
                 if isinstance(sample, Draft) and extension in sample.members:
                     reason = f"two files for the member {extension!r}, which differ in upper and lower case"
-                    samples[stem] = Fault(sample.where, sample.key, reason)
+                    samples[stem] = Problem(sample.where, sample.key, reason)
                 elif isinstance(sample, Draft):
                     sample.members[extension] = folder / name
         for stem in sorted(samples):

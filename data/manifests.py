@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .dialogs import parse_dialog
-from .drafts import Draft, Fault
-from .shards import ShardError, naming_fault
+from .drafts import Draft, Problem
+from .shards import ShardError, naming_problem
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _MAX_FIELD = 1 << 26
 _BATCH = 64
 
-Row = tuple[str, "dict[str, Any] | Fault"]
+Row = tuple[str, "dict[str, Any] | Problem"]
 """Where a row stands, and its values by column or why there are none."""
 
 
@@ -66,8 +66,8 @@ class Columns:
             if named.count(column) > 1:
                 raise ValueError(f"column {column!r} is given two uses")
         for extension in (*self.files.values(), *self.texts.values(), *self.contents.values()):
-            if extension is not None and (fault := naming_fault("0", [extension])):
-                raise ValueError(fault.removeprefix("sample 0: "))
+            if extension is not None and (problem := naming_problem("0", [extension])):
+                raise ValueError(problem.removeprefix("sample 0: "))
 
     def named(self) -> list[str]:
         """The columns that are named, in the order of the arguments."""
@@ -108,12 +108,12 @@ class Manifest:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
 
-    def __iter__(self) -> Iterator[Draft | Fault]:
+    def __iter__(self) -> Iterator[Draft | Problem]:
         number = 0
         unseen = dict.fromkeys(self.columns.named())
         for path in self.paths:
             for where, row in self._rows(path):
-                if isinstance(row, Fault):
+                if isinstance(row, Problem):
                     yield row
                 else:
                     for column in [column for column in unseen if column in row]:
@@ -144,14 +144,14 @@ def _csv_rows(path: Path, delimiter: str, columns: Columns) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield where, Fault(where, "", f"no CSV: {error}")
+                yield where, Problem(where, "", f"no CSV: {error}")
                 continue
             if not values:
                 continue
             if not _is_unicode("".join(values)):
-                yield where, Fault(where, "", "not UTF-8")
+                yield where, Problem(where, "", "not UTF-8")
             elif len(values) != len(header):
-                yield where, Fault(where, "", f"has {len(values)} fields, and the header {len(header)}")
+                yield where, Problem(where, "", f"has {len(values)} fields, and the header {len(header)}")
             else:
                 yield where, dict(zip(header, values, strict=True))
 
@@ -187,12 +187,12 @@ def _json_rows(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                yield where, Fault(where, "", f"not UTF-8: byte {error.start + 1} of the line")
+                yield where, Problem(where, "", f"not UTF-8: byte {error.start + 1} of the line")
             except (ValueError, RecursionError) as error:
-                yield where, Fault(where, "", f"not JSON: {error}")
+                yield where, Problem(where, "", f"not JSON: {error}")
             else:
                 known = isinstance(row, dict)
-                yield where, row if known else Fault(where, "", f"an object is needed, not {type(row).__name__}")
+                yield where, row if known else Problem(where, "", f"an object is needed, not {type(row).__name__}")
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
@@ -225,7 +225,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _draft(where: str, row: dict[str, Any], columns: Columns, number: int, folder: Path) -> Draft | Fault:
+def _draft(where: str, row: dict[str, Any], columns: Columns, number: int, folder: Path) -> Draft | Problem:
     key = ""
     try:
         key = f"{number:09d}" if columns.key is None else _key(row, columns.key)
@@ -248,9 +248,9 @@ def _draft(where: str, row: dict[str, Any], columns: Columns, number: int, folde
             members.add("json", _json(rest))
         return Draft(where, key, members.found)
     except UnicodeEncodeError:
-        return Fault(where, key, "not Unicode text: it holds a surrogate")
+        return Problem(where, key, "not Unicode text: it holds a surrogate")
     except ValueError as error:
-        return Fault(where, key, str(error))
+        return Problem(where, key, str(error))
 
 
 class _Members:

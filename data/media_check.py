@@ -27,7 +27,7 @@ def kind_of(extension: str) -> str | None:
     return _KIND.get(extension.rpartition(".")[2])
 
 
-def member_fault(extension: str, content: bytes) -> str | None:
+def member_problem(extension: str, content: bytes) -> str | None:
     """Why a member is not of the kind that its extension says, or None where it is or says nothing.
 
     Images and sound are decoded whole; of a video `CHECKED_FRAMES` frames over its length, and all those before the
@@ -54,20 +54,22 @@ def member_fault(extension: str, content: bytes) -> str | None:
     return None
 
 
-def sample_faults(sample: Sample) -> list[str]:
+def sample_problems(sample: Sample) -> list[str]:
     """What is wrong with the members of a sample, one after another; and with its dialog, if its json has `messages`.
 
     The parts of a dialog may be of any type here: a third party's adapter has its own.
     """
-    faults = [fault for extension, content in sample.members.items() if (fault := member_fault(extension, content))]
-    if "json" in sample.members and not any(fault.startswith("json: ") for fault in faults):
+    problems = [
+        problem for extension, content in sample.members.items() if (problem := member_problem(extension, content))
+    ]
+    if "json" in sample.members and not any(problem.startswith("json: ") for problem in problems):
         content = sample.json()
         if isinstance(content, dict) and "messages" in content:
             try:
                 dialog_sample(sample, part_types(content["messages"]))
             except ValueError as error:
-                faults.append(str(error).removeprefix(f"{sample.shard}: sample {sample.key}: "))
-    return faults
+                problems.append(str(error).removeprefix(f"{sample.shard}: sample {sample.key}: "))
+    return problems
 
 
 def part_types(messages: Any) -> set[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .drafts import Fault
-from .media_check import sample_faults
+from .drafts import Problem
+from .media_check import sample_problems
 from .shard_index import load_index
 from .shards import Sample, ShardError, ShardReader, _expand
 from .wording import byte_size, counted, printable
@@ -72,7 +72,7 @@ class Survey:
     samples: int
     members: dict[str, Spread]
     sizes: Spread | None
-    damaged: list[Fault] = field(default_factory=list)
+    damaged: list[Problem] = field(default_factory=list)
 
 
 def survey_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> Survey:
@@ -91,13 +91,14 @@ def survey_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> Su
         try:
             index = load_index(path)
         except ShardError as error:
-            damaged.append(Fault(str(path), "", str(error).removeprefix(f"{path}: ")))
+            damaged.append(Problem(str(path), "", str(error).removeprefix(f"{path}: ")))
             continue
         readable.append(path)
-        for extension, size in zip(index.extensions, index.sizes, strict=True):
-            members.setdefault(index.names[extension], array("q")).append(size)
-        if index.keys:
-            sizes.extend(np.add.reduceat(np.asarray(index.sizes), np.asarray(index.starts)[:-1]).tolist())
+        of_members, extensions = np.asarray(index.sizes), np.asarray(index.extensions)
+        for number, extension in enumerate(index.names):
+            members.setdefault(extension, array("q")).extend(of_members[extensions == number].tolist())
+        if len(of_members):
+            sizes.extend(np.add.reduceat(of_members, np.asarray(index.starts)[:-1]).tolist())
     found = {extension: Spread.of(members[extension]) for extension in sorted(members)}
     return Survey(readable, len(sizes), found, Spread.of(sizes) if sizes else None, damaged)
 
@@ -133,15 +134,15 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + (partial or ("▏" if share and not eighths else ""))
 
 
-def damaged_samples(samples: Iterable[Sample], progress: Callable[[int], None] | None = None) -> Iterator[Fault]:
+def damaged_samples(samples: Iterable[Sample], progress: Callable[[int], None] | None = None) -> Iterator[Problem]:
     """The members among these samples that are not what their extensions say, see `herdkit.data.media_check`.
 
     Args:
         progress: called with the number of samples done.
     """
     for done, sample in enumerate(samples, start=1):
-        for reason in sample_faults(sample):
-            yield Fault(sample.shard, sample.key, reason)
+        for reason in sample_problems(sample):
+            yield Problem(sample.shard, sample.key, reason)
         if progress is not None:
             progress(done)
 

@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import numpy as np
 import torch
 
-from .drafts import Draft, Fault, Input, InputError, draft_fault, file_fault, reason_of
-from .media_check import sample_faults
+from .drafts import Draft, Input, InputError, Problem, draft_problem, file_problem, reason_of
+from .media_check import sample_problems
 from .shards import Sample, ShardError, ShardWriter
 
-KEPT_FAULTS = 100
+KEPT_PROBLEMS = 100
 
 Progress = Callable[[str, int, int | None], None]
 Given = TypeVar("Given")
@@ -40,15 +40,15 @@ class Written:
     Args:
         shards: in order.
         samples, bytes: written, without what tar adds.
-        skipped: faults that were passed over.
-        faults: the first hundred of them.
+        skipped: problems that were passed over.
+        problems: the first hundred of them.
     """
 
     shards: list[Path]
     samples: int
     bytes: int
     skipped: int
-    faults: list[Fault]
+    problems: list[Problem]
 
 
 def write_shards(
@@ -76,8 +76,8 @@ def write_shards(
         shuffle: seed of a random order of all samples; by default they keep the order of the input. A temporary file
             in the folder of the shards takes what tables say of the samples, without the contents of other files.
         check: decode every image, sound, video, text, JSON and dialog, see `herdkit.data.media_check`.
-        on_bad: "raise" stops: before anything is written, with all faults that can be found so, or at the first member
-            that cannot be read or decoded. "skip" leaves out the samples with faults and reports them.
+        on_bad: "raise" stops: before anything is written, with all problems that can be found so, or at the first
+            member that cannot be read or decoded. "skip" leaves out the samples with problems and reports them.
         report: file for those left out, a line of JSON each: where, key, reason.
         workers: threads that read and check; so many samples, and twice as many more, are in memory.
         progress: called with ("looking" or "writing", samples done, their number where it is known).
@@ -95,14 +95,14 @@ def write_shards(
         raise ValueError(f"shuffle must be a seed of at least 0, not {shuffle}")
     with ExitStack() as stack:
         writer = ShardWriter(pattern, max_count=max_count, max_bytes=max_bytes, existing=existing)
-        faults = stack.enter_context(_Faults(None if report is None else Path(report)))
-        bad, total, seen = _look(samples, faults, progress)
+        problems = stack.enter_context(_Problems(None if report is None else Path(report)))
+        bad, total, seen = _look(samples, problems, progress)
         good = total - len(bad)
-        if faults.count and (on_bad == "raise" or not good):
-            raise InputError(faults.first, faults.count)
+        if problems.count and (on_bad == "raise" or not good):
+            raise InputError(problems.first, problems.count)
         if not total:
             raise ShardError(f"{writer.pattern}: the input holds no samples")
-        chosen: Iterable[Draft | Fault] = _all_but(samples, bad, seen)
+        chosen: Iterable[Draft | Problem] = _all_but(samples, bad, seen)
         if shuffle is not None:
             spool = stack.enter_context(tempfile.TemporaryFile(dir=Path(writer.pattern).parent))
             chosen = _shuffled(chosen, spool, shuffle)
@@ -111,29 +111,31 @@ def write_shards(
         # Closed first of all, so that no thread outlives an error.
         found = stack.enter_context(closing(_in_order(lambda draft: _read(draft, check), chosen, workers)))
         for done, item in enumerate(found, start=1):
-            if isinstance(item, Fault):
-                faults.add(item)
+            if isinstance(item, Problem):
+                problems.add(item)
                 if on_bad == "raise":
-                    raise InputError(faults.first, faults.count)
+                    raise InputError(problems.first, problems.count)
             else:
                 writer.write(item.key, item.members)
                 size += sum(map(len, item.members.values()))
             if progress is not None:
                 progress("writing", done, good)
         if not writer.count:
-            raise InputError(faults.first, faults.count)
-    return Written(shards=writer.shards, samples=writer.count, bytes=size, skipped=faults.count, faults=faults.first)
+            raise InputError(problems.first, problems.count)
+    return Written(
+        shards=writer.shards, samples=writer.count, bytes=size, skipped=problems.count, problems=problems.first
+    )
 
 
-class _Faults:
-    """Counts faults, keeps the first, and writes all of them to a file, which is whole or absent."""
+class _Problems:
+    """Counts problems, keeps the first, and writes all of them to a file, which is whole or absent."""
 
     def __init__(self, report: Path | None):
-        self.first: list[Fault] = []
+        self.first: list[Problem] = []
         self.count = 0
         self._report = report
 
-    def __enter__(self) -> _Faults:
+    def __enter__(self) -> _Problems:
         self._file = None
         if self._report is not None:
             self._report.parent.mkdir(parents=True, exist_ok=True)
@@ -141,12 +143,12 @@ class _Faults:
             self._file = self._draft.open("w", encoding="utf-8")
         return self
 
-    def add(self, fault: Fault) -> None:
+    def add(self, problem: Problem) -> None:
         self.count += 1
-        if len(self.first) < KEPT_FAULTS:
-            self.first.append(fault)
+        if len(self.first) < KEPT_PROBLEMS:
+            self.first.append(problem)
         if self._file is not None:
-            self._file.write(json.dumps(asdict(fault)) + "\n")
+            self._file.write(json.dumps(asdict(problem)) + "\n")
 
     def __exit__(self, *rest: object) -> None:
         # Also where the writing failed: the report says why.
@@ -155,7 +157,7 @@ class _Faults:
             self._draft.replace(self._report)
 
 
-def _look(samples: Input, faults: _Faults, progress: Progress | None) -> tuple[set[int], int, bytes]:
+def _look(samples: Input, problems: _Problems, progress: Progress | None) -> tuple[set[int], int, bytes]:
     """The positions of what cannot be written, how many positions there are, and a digest of all that was seen."""
     bad: set[int] = set()
     digests = array("Q")
@@ -163,9 +165,9 @@ def _look(samples: Input, faults: _Faults, progress: Progress | None) -> tuple[s
     total = 0
     for position, item in enumerate(samples):
         seen.update(_described(item))
-        fault = item if isinstance(item, Fault) else draft_fault(item)
-        if fault is not None:
-            faults.add(fault)
+        problem = item if isinstance(item, Problem) else draft_problem(item)
+        if problem is not None:
+            problems.add(problem)
             bad.add(position)
         elif isinstance(item, Draft):
             digests.append(_digest(item.key))
@@ -176,10 +178,10 @@ def _look(samples: Input, faults: _Faults, progress: Progress | None) -> tuple[s
     if repeated := set(values[counts > 1].tolist()):
         first: dict[str, str] = {}
         for position, item in enumerate(samples):
-            if position in bad or isinstance(item, Fault) or _digest(item.key) not in repeated:
+            if position in bad or isinstance(item, Problem) or _digest(item.key) not in repeated:
                 continue
             if item.key in first:
-                faults.add(Fault(item.where, item.key, f"its key is that of {first[item.key]} already"))
+                problems.add(Problem(item.where, item.key, f"its key is that of {first[item.key]} already"))
                 bad.add(position)
             else:
                 first[item.key] = item.where
@@ -190,13 +192,13 @@ def _digest(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-def _described(item: Draft | Fault) -> bytes:
+def _described(item: Draft | Problem) -> bytes:
     """All of a sample but the contents of its members."""
     names = list(item.members) if isinstance(item, Draft) else item.reason
     return json.dumps([item.where, item.key, names]).encode()
 
 
-def _all_but(samples: Input, bad: set[int], seen: bytes) -> Iterator[Draft | Fault]:
+def _all_but(samples: Input, bad: set[int], seen: bytes) -> Iterator[Draft | Problem]:
     again = blake2b()
     for position, item in enumerate(samples):
         again.update(_described(item))
@@ -206,34 +208,34 @@ def _all_but(samples: Input, bad: set[int], seen: bytes) -> Iterator[Draft | Fau
         raise ShardError("the input has changed since it was looked at: begin anew")
 
 
-def _read(draft: Draft | Fault, check: bool) -> Sample | Fault:
+def _read(draft: Draft | Problem, check: bool) -> Sample | Problem:
     """The sample with its files' contents; its shard is the place that it comes from."""
-    if isinstance(draft, Fault):
+    if isinstance(draft, Problem):
         return draft
     content: dict[str, bytes] = {}
     for extension, source in draft.members.items():
         if isinstance(source, bytes):
             content[extension] = source
             continue
-        if reason := file_fault(source):
-            return Fault(draft.where, draft.key, reason)
+        if reason := file_problem(source):
+            return Problem(draft.where, draft.key, reason)
         try:
             content[extension] = source.read_bytes()
         except OSError as error:
-            return Fault(draft.where, draft.key, f"{source}: {reason_of(error)}")
+            return Problem(draft.where, draft.key, f"{source}: {reason_of(error)}")
     sample = Sample(draft.key, draft.where, content)
-    if check and (reasons := sample_faults(sample)):
-        return Fault(draft.where, draft.key, "; ".join(reasons))
+    if check and (reasons := sample_problems(sample)):
+        return Problem(draft.where, draft.key, "; ".join(reasons))
     return sample
 
 
-def _shuffled(drafts: Iterable[Draft | Fault], spool: BinaryIO, seed: int) -> Iterator[Draft | Fault]:
+def _shuffled(drafts: Iterable[Draft | Problem], spool: BinaryIO, seed: int) -> Iterator[Draft | Problem]:
     """The drafts in random order, by way of a file: a line of JSON for each, then the contents that it holds."""
     starts = array("Q")
     for draft in drafts:
         starts.append(spool.tell())
-        if isinstance(draft, Fault):
-            spool.write(json.dumps({"fault": asdict(draft)}).encode() + b"\n")
+        if isinstance(draft, Problem):
+            spool.write(json.dumps({"problem": asdict(draft)}).encode() + b"\n")
             continue
         contents = [content for content in draft.members.values() if isinstance(content, bytes)]
         members = {
@@ -248,8 +250,8 @@ def _shuffled(drafts: Iterable[Draft | Fault], spool: BinaryIO, seed: int) -> It
     for position in np.argsort(bits, kind="stable"):
         spool.seek(starts[position])
         line: dict[str, Any] = json.loads(spool.readline())
-        if "fault" in line:
-            yield Fault(**line["fault"])
+        if "problem" in line:
+            yield Problem(**line["problem"])
             continue
         members = {name: spool.read(it) if isinstance(it, int) else Path(it) for name, it in line["members"].items()}
         yield Draft(line["where"], line["key"], members)

@@ -122,8 +122,8 @@ class ShardWriter:
 
     def write(self, key: str, members: Mapping[str, bytes | str | dict | list]) -> None:
         """Appends a sample: bytes as they are, text as UTF-8, dicts and lists as JSON."""
-        if fault := naming_fault(key, members):
-            raise ShardError(f"{self.pattern}: {fault}")
+        if problem := naming_problem(key, members):
+            raise ShardError(f"{self.pattern}: {problem}")
         content = {extension: _encoded(value, f"{key}.{extension}") for extension, value in members.items()}
         for extension, value in content.items():
             if len(value) > MAX_MEMBER_BYTES:
@@ -236,7 +236,7 @@ class ShardReader:
         return (self[position] for position in range(len(self)))
 
 
-def naming_fault(key: str, extensions: Collection[str]) -> str | None:
+def naming_problem(key: str, extensions: Collection[str]) -> str | None:
     """Why no shard can hold a sample of this key with members of these extensions, or None where one can."""
     match = MEMBER.match(f"{key}.x")
     if "\0" in key:

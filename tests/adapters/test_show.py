@@ -207,7 +207,7 @@ def test_lengths(model_directory):
     tokenizer, ports = load_ports(model_directory)
     texts = [Sample(str(i), "s.tar", {"txt": b"a dog " * i, "json": b'{"source": 1}'}) for i in range(1, 4)]
     others = [Sample("n", "s.tar", {"npy": b"x"}), Sample("b", "s.tar", {"json": b'{"messages": 1}', "txt": b"x"})]
-    kinds, faults = token_lengths([*map(stored, DIALOGS), *texts, *others], encode)
+    kinds, problems = token_lengths([*map(stored, DIALOGS), *texts, *others], encode)
     collate = DialogCollator(tokenizer, ports)
     batches = [collate([(0, stored(key))]) for key in DIALOGS]
     dialogs = kinds["dialog"]
@@ -218,14 +218,14 @@ def test_lengths(model_directory):
     documents = document_encoder(tokenizer)(texts)
     assert kinds["text"].lengths.total == sum(map(len, documents))
     assert kinds["text"].in_loss == sum(map(len, documents)) - 3
-    assert [(fault.key, fault.reason) for fault in faults] == [("b", "messages must be a list, not int")]
+    assert [(problem.key, problem.reason) for problem in problems] == [("b", "messages must be a list, not int")]
 
 
 def test_media_without_an_adapter_count_as_one_token(model_directory):
     encode = SampleEncoder(model_directory / "tokenizer.json")
-    kinds, faults = token_lengths([stored("media")], encode)
+    kinds, problems = token_lengths([stored("media")], encode)
     assert kinds["dialog"].stand_ins == ["audio", "image"]
-    assert faults == []
+    assert problems == []
     with_ports, _ = token_lengths([stored("media")], SampleEncoder(model_directory))
     assert with_ports["dialog"].lengths.total - kinds["dialog"].lengths.total == 6
     assert "No adapter for image, video, audio was given" in dialog_page([stored("media")], encode)

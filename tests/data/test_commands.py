@@ -57,7 +57,7 @@ def test_tables(run, tmp_path):
     ]
 
 
-def test_every_fault_on_a_line(run, tmp_path):
+def test_every_problem_on_a_line(run, tmp_path):
     fill(tmp_path / "in", [f"{i:02d}.txt" for i in range(40)])
     for i in range(0, 40, 4):
         (tmp_path / "in" / f"{i:02d}.txt").write_text("")
@@ -67,7 +67,7 @@ def test_every_fault_on_a_line(run, tmp_path):
     assert [line for line in lines if line.startswith("in: sample")] == [
         f"in: sample {i:02d}: in/{i:02d}.txt is empty" for i in range(0, 40, 4)
     ]
-    assert lines[-1] == "herdkit: in: sample 00: in/00.txt is empty; 9 more of 10 faults"
+    assert lines[-1] == "herdkit: in: sample 00: in/00.txt is empty; 9 more of 10 problems"
     assert not list(tmp_path.glob("*.tar"))
     code, out, err = run("%d.tar", "--from", "in", "--on-bad", "skip", "--report", "bad.jsonl")
     assert code == 0

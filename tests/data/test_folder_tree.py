@@ -2,7 +2,7 @@ import os
 import subprocess
 
 import pytest
-from herdkit.data.drafts import Draft, Fault
+from herdkit.data.drafts import Draft, Problem
 from herdkit.data.folder_tree import FolderTree
 from herdkit.data.shard_writing import write_shards
 from herdkit.data.shards import ShardReader
@@ -75,14 +75,14 @@ def test_links(tmp_path):
     found = list(FolderTree(tmp_path / "tree"))
     assert [draft.key for draft in found if isinstance(draft, Draft)] == ["a", "self", "below/b", "linked/c"]
     assert found[0].members == {"jpg": tmp_path / "tree" / "a.jpg", "txt": tmp_path / "tree" / "a.txt"}
-    (loop,) = [fault for fault in found if isinstance(fault, Fault)]
+    (loop,) = [problem for problem in found if isinstance(problem, Problem)]
     assert str(loop) == f"{tmp_path / 'tree' / 'below' / 'up'}: a link that leads back to a folder around it"
 
 
 def test_two_files_for_one_member(tmp_path):
     fill(tmp_path, ["a.jpg", "a.JPG", "b.txt"])
-    faulty, good = FolderTree(tmp_path)
-    assert "sample a: two files for the member 'jpg'" in str(faulty)
+    wrong, good = FolderTree(tmp_path)
+    assert "sample a: two files for the member 'jpg'" in str(wrong)
     assert good.key == "b"
 
 

@@ -4,7 +4,7 @@ import datetime
 import json
 
 import pytest
-from herdkit.data.drafts import Draft, Fault
+from herdkit.data.drafts import Draft, Problem
 from herdkit.data.manifests import Columns, Manifest
 
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -25,7 +25,7 @@ def content(draft):
 
 
 def reasons(found):
-    return [str(item) for item in found if isinstance(item, Fault)]
+    return [str(item) for item in found if isinstance(item, Problem)]
 
 
 COLUMNS = Columns(key="id", files={"image": None, "sound": "speech.wav"}, texts={"caption": "txt"})
@@ -118,7 +118,7 @@ def test_lines_of_json_that_are_wrong(tmp_path, line, reason):
     path = tmp_path / "t.jsonl"
     path.write_bytes(b'{"image": "1.jpg", "other": "a.png"}\n' + line + b'\n{"image": "2.jpg"}\n')
     first, wrong, last = drafts(path, Columns(files={"image": None, "other": None}, missing="omit"))
-    assert isinstance(wrong, Fault)
+    assert isinstance(wrong, Problem)
     assert str(wrong).startswith(f"{path}:2: ")
     assert wrong.reason.startswith(reason)
     assert content(first) == {"jpg": "1.jpg", "png": "a.png"}

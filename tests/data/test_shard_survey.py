@@ -75,7 +75,7 @@ def test_damaged_shards_are_listed(shards, tmp_path):
     shards[1].write_bytes(whole[: len(whole) // 2])
     found = survey_shards(str(tmp_path / "s-{0..3}.tar"))
     assert (found.shards, found.samples) == ([shards[0], shards[2]], 60)
-    assert [fault.where for fault in found.damaged] == [str(shards[1]), str(tmp_path / "s-3.tar")]
+    assert [problem.where for problem in found.damaged] == [str(shards[1]), str(tmp_path / "s-3.tar")]
     assert found.damaged[0].reason.startswith("truncated")
     assert found.damaged[1].reason.startswith("cannot open")
     with pytest.raises(ShardError, match="no shards there"):
@@ -102,8 +102,8 @@ def test_damaged_samples(tmp_path):
         writer.write("a", {"txt": "fine", "npy": b"\xff"})
         writer.write("b", {"txt": b"\xff", "json": "{", "png": b"no picture"})
     seen = []
-    faults = list(damaged_samples(ShardReader(tmp_path), seen.append))
-    assert [(fault.key, fault.reason[:14]) for fault in faults] == [
+    problems = list(damaged_samples(ShardReader(tmp_path), seen.append))
+    assert [(problem.key, problem.reason[:14]) for problem in problems] == [
         ("b", "json: not JSON"),
         ("b", "png: not an im"),
         ("b", "txt: not UTF-8"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import webdataset
-from herdkit.data.drafts import Draft, Fault, InputError
+from herdkit.data.drafts import Draft, InputError, Problem
 from herdkit.data.folder_tree import FolderTree
 from herdkit.data.manifests import Columns, Manifest
 from herdkit.data.shard_writing import write_shards
@@ -128,7 +128,7 @@ def wrong_tree(tmp_path):
     return tree
 
 
-FAULTS = [
+PROBLEMS = [
     ("a/002", "002.txt is empty"),
     ("b/003", "003.bin: no such file"),
     ("b/005", "005.bin: a link that leads back to itself"),
@@ -138,32 +138,32 @@ FAULTS = [
 ]
 
 
-def test_all_faults_are_told_before_anything_is_written(tmp_path):
+def test_all_problems_are_told_before_anything_is_written(tmp_path):
     tree = wrong_tree(tmp_path)
     with pytest.raises(InputError) as caught:
         write_shards(tmp_path / "made" / "%d.tar", tree, report=tmp_path / "report.jsonl")
-    assert caught.value.count == len(FAULTS)
-    for fault, (key, reason) in zip(caught.value.faults, FAULTS, strict=True):
-        assert fault.key == key
-        assert reason in fault.reason
+    assert caught.value.count == len(PROBLEMS)
+    for problem, (key, reason) in zip(caught.value.problems, PROBLEMS, strict=True):
+        assert problem.key == key
+        assert reason in problem.reason
     assert str(caught.value).startswith(f"{tmp_path / 'tree' / 'a'}: sample a/002: ")
-    assert str(caught.value).endswith("002.txt is empty; 5 more of 6 faults")
+    assert str(caught.value).endswith("002.txt is empty; 5 more of 6 problems")
     assert str(caught.value).isprintable()
     assert list((tmp_path / "made").iterdir()) == []
     report = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
-    assert [(one["key"], one["reason"]) for one in report] == [(f.key, f.reason) for f in caught.value.faults]
+    assert [(one["key"], one["reason"]) for one in report] == [(f.key, f.reason) for f in caught.value.problems]
 
 
 @pytest.mark.parametrize("shuffle", [None, 0])
-def test_faults_are_left_out_and_reported(tmp_path, shuffle):
+def test_problems_are_left_out_and_reported(tmp_path, shuffle):
     tree = wrong_tree(tmp_path)
     written = write_shards(
         tmp_path / "made" / "%d.tar", tree, on_bad="skip", report=tmp_path / "report.jsonl", shuffle=shuffle
     )
-    good = [one for one in right(8) if one[0] not in dict(FAULTS)]
+    good = [one for one in right(8) if one[0] not in dict(PROBLEMS)]
     assert sorted(contents(written.shards)) == sorted(good)
-    assert written.skipped == len(FAULTS)
-    assert len((tmp_path / "report.jsonl").read_text().splitlines()) == len(FAULTS)
+    assert written.skipped == len(PROBLEMS)
+    assert len((tmp_path / "report.jsonl").read_text().splitlines()) == len(PROBLEMS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "report.jsonl", "tree"]
 
 
@@ -175,16 +175,16 @@ def test_keys_in_tables(tmp_path):
     manifest = Manifest(tmp_path / "t.jsonl", Columns(key="id", files={"file": None}))
     written = write_shards(tmp_path / "%d.tar", manifest, on_bad="skip")
     assert [key for key, _ in contents(written.shards)] == ["a", "a//b"]
-    places = [int(fault.where.rpartition(":")[2]) for fault in written.faults]
+    places = [int(problem.where.rpartition(":")[2]) for problem in written.problems]
     assert places == [2, 3, 4, 6, 7, 9, 5, 8]  # keys that come twice are found last
-    reasons = [fault.reason for fault in written.faults]
+    reasons = [problem.reason for problem in written.problems]
     for reason, part in zip(
         reasons,
         ["inside its folder", "inside its folder", "no NUL", "no dot", "NUL", "no __name__", "t.jsonl:1", "t.jsonl:1"],
         strict=True,
     ):
         assert part in reason
-    assert all(str(fault).isprintable() for fault in written.faults)
+    assert all(str(problem).isprintable() for problem in written.problems)
 
 
 def test_keys_of_equal_digests_are_not_confused(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_nothing_to_write(tmp_path):
     with pytest.raises(ShardError, match="the input holds no samples"):
         write_shards(tmp_path / "%d.tar", FolderTree(tmp_path / "tree"))
     with pytest.raises(InputError, match="here: gone"):
-        write_shards(tmp_path / "%d.tar", [Fault("here", "", "gone")], on_bad="skip")
+        write_shards(tmp_path / "%d.tar", [Problem("here", "", "gone")], on_bad="skip")
     broken = Draft("here", "a", {"json": b"{"})
     with pytest.raises(InputError, match="here: sample a: json: not JSON"):
         write_shards(tmp_path / "%d.tar", [broken], on_bad="skip", check=True)
@@ -275,6 +275,7 @@ def test_killed(tmp_path):
             write_shards(tmp_path / "made" / "%d.tar", tree, max_count=4, progress=stop)
         finally:
             os._exit(1)
+    os.close(writing)  # so that the end of a child that fails is seen
     assert os.read(reading, 1) == b"x"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -331,9 +332,9 @@ def test_checked(tmp_path, video, workers):
     options = {"check": True, "workers": workers}
     written = write_shards(tmp_path / "good-%d.tar", drafts, on_bad="skip", **options)
     assert contents(written.shards) == [("good", dict(sorted(samples[0][1].items())))]
-    assert [fault.key for fault in written.faults] == [key for key, _, reason in samples if reason]
-    for fault, reason in zip(written.faults, (reason for *_, reason in samples if reason), strict=True):
-        assert fault.reason.startswith(reason)
+    assert [problem.key for problem in written.problems] == [key for key, _, reason in samples if reason]
+    for problem, reason in zip(written.problems, (reason for *_, reason in samples if reason), strict=True):
+        assert problem.reason.startswith(reason)
     with pytest.raises(InputError, match=r"^here: sample png: png: cannot decode"):
         write_shards(tmp_path / "none-%d.tar", drafts, max_count=1, **options)
     assert [path.name for path in tmp_path.glob("none*")] == ["none-0.tar"]
