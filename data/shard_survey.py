@@ -94,11 +94,11 @@ def survey_shards(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> Su
             damaged.append(Problem(str(path), "", str(error).removeprefix(f"{path}: ")))
             continue
         readable.append(path)
-        of_members, extensions = np.asarray(index.sizes), np.asarray(index.extensions)
+        of_members, extensions = np.asarray(index.sizes, dtype=np.int64), np.asarray(index.extensions)
         for number, extension in enumerate(index.names):
             members.setdefault(extension, array("q")).extend(of_members[extensions == number].tolist())
         if len(of_members):
-            sizes.extend(np.add.reduceat(of_members, np.asarray(index.starts)[:-1]).tolist())
+            sizes.extend(np.add.reduceat(of_members, np.asarray(index.starts, dtype=np.int64)[:-1]).tolist())
     found = {extension: Spread.of(members[extension]) for extension in sorted(members)}
     return Survey(readable, len(sizes), found, Spread.of(sizes) if sizes else None, damaged)
 
