@@ -106,7 +106,7 @@ def test_tables_shuffled_with_what_they_hold(tmp_path):
     assert sorted(shuffled) == sorted(plain)
     assert shuffled != plain
     assert plain[7][1] == {"json": b'{"more": {"n": 7}}', "txt": "é 7\né 7\né 7\n".encode()}
-    assert {path.suffix for path in tmp_path.iterdir()} == {".tar", ".jsonl", ".json"}
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"plain", "shuffled", "t.jsonl"}
 
 
 def test_sizes(tmp_path):
