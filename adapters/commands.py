@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.contact_sheet import audio_sheet, image_sheet, video_sheet
 from ..data.drafts import Problem
 from ..data.media_check import kind_of, member_problem
 from ..data.shard_survey import as_text, damaged_samples, find, histogram, survey_shards
@@ -20,11 +19,9 @@ from ..data.shards import Sample, ShardError, ShardReader
 from ..data.wording import byte_size, counted, printable
 from ..train.files import write_bytes
 from ..train.progress import ProgressLine
-from .dialog_page import dialog_page
 from .sample_tokens import SampleEncoder, TokenLengths, token_lengths
 
 SHOWN_PROBLEMS = 20
-SHEETS = {"images.png": image_sheet, "videos.png": video_sheet, "audio.png": audio_sheet}
 
 
 def add_show_command(group: Any) -> None:
@@ -142,6 +139,9 @@ def _print_damaged(damaged: list[Problem]) -> None:
 
 def _write(folder: Path, shown: _Samples, encode: SampleEncoder | None, damaged: list[Problem]) -> list[Path]:
     """The files that there is something for, and no older ones of the same names beside them."""
+    from ..data.contact_sheet import audio_sheet, image_sheet, video_sheet  # with matplotlib, which takes its time
+    from .dialog_page import dialog_page
+
     folder.mkdir(parents=True, exist_ok=True)
     written = []
 
@@ -155,7 +155,7 @@ def _write(folder: Path, shown: _Samples, encode: SampleEncoder | None, damaged:
         print(path)
 
     print()
-    for name, draw in SHEETS.items():
+    for name, draw in (("images.png", image_sheet), ("videos.png", video_sheet), ("audio.png", audio_sheet)):
         picture = draw(shown)
         write(name, None if picture is None else _png(picture))
     page = None if encode is None else dialog_page(shown, encode)
