@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .adapters.commands import add_show_command
+from .data.commands import add_shards_commands
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 for what went wrong, 2 for wrong usage, 130 when interrupted."""
@@ -22,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("herdkit: interrupted; the same command goes on from the last finished point", file=sys.stderr)
+        print(f"herdkit: interrupted; {options.interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -40,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="herdkit", description="Compositional multimodal models: train, compose, chat.",
         epilog="Set HERDKIT_TRACEBACK=1 to see where an error comes from.",
     )  # fmt: skip
+    parser.set_defaults(interrupted="the same command goes on from the last finished point")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
@@ -152,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert_parser.add_argument("--dtype", choices=dtypes, help="of the weights (that of the files)")
     convert_parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="huggingface (%(default)s)")
     convert_parser.add_argument("--model-parallel", type=int, default=1, help="meta: number of files (%(default)s)")
+    add_show_command(add_shards_commands(commands))
     return parser
 
 

@@ -1,27 +1,39 @@
 """Samples and shards: decoding, storing, mixing and loading. Knows no model."""
 
 from .dialogs import DialogError, Message, Part, dialog_sample, parse_dialog
+from .drafts import Draft, InputError, Problem
+from .folder_tree import FolderTree
 from .loader import BadSample, Loader, LoaderError
+from .manifests import Columns, Manifest
 from .media import Clip, MediaError, load_audio, load_image, load_video
 from .mixture import Mixture, Place
 from .packing import fill, pack
+from .shard_survey import Survey, survey_shards
+from .shard_writing import write_shards
 from .shards import Sample, ShardError, ShardReader, ShardWriter
 
 __all__ = [
     "BadSample",
     "Clip",
+    "Columns",
     "DialogError",
+    "Draft",
+    "FolderTree",
+    "InputError",
     "Loader",
     "LoaderError",
+    "Manifest",
     "MediaError",
     "Message",
     "Mixture",
     "Part",
     "Place",
+    "Problem",
     "Sample",
     "ShardError",
     "ShardReader",
     "ShardWriter",
+    "Survey",
     "dialog_sample",
     "fill",
     "load_audio",
@@ -29,4 +41,6 @@ __all__ = [
     "load_video",
     "pack",
     "parse_dialog",
+    "survey_shards",
+    "write_shards",
 ]
