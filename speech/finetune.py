@@ -203,23 +203,30 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     assert model.tokenizer is not None  # every model directory has one
     blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
     if recipe.adapter is not None:
-        recipe.adapter.output_scale = embedding_scale(model.text.tok_embeddings.weight)
-        if recipe.ctc_weight:
-            recipe.adapter.ctc_classes = 1 + 256
-        if recipe.adapter.word_temperature is not None and recipe.alignment_weight:
-            recipe.adapter.pause = blank
-        adapter = SpeechAdapter(recipe.adapter, model.text.config)
-        if adapter.words is not None:
-            adapter.start_words(model.text.tok_embeddings.weight)
-        if recipe.adapter.pause is not None:
-            surround_as_text(adapter, model)
-        if recipe.encoder_weights:
-            load_part(adapter.encoder, Path(recipe.encoder_weights))
-        model.attach(adapter)
+        model.attach(new_adapter(recipe, recipe.adapter, model, blank))
     weights = recipe.answer_weight, recipe.ctc_weight, recipe.alignment_weight
     objective = SpeechObjective(*weights, blank, recipe.augment)
     collator = partial(SpeechCollator, spelled=recipe.ctc_weight > 0, aligned=recipe.alignment_weight > 0)
     return train_on_dialogs(recipe, model, run_dir, objective, collator)
+
+
+def new_adapter(recipe: SpeechRecipe, config: SpeechAdapterConfig, model: ComposedModel, blank: int) -> SpeechAdapter:
+    """An adapter of these sizes for the model's language model, with what the recipe's losses need; `config` is filled
+    in."""
+    words = model.text.tok_embeddings.weight
+    config.output_scale = embedding_scale(words)
+    if recipe.ctc_weight:
+        config.ctc_classes = 1 + 256
+    if config.word_temperature is not None and recipe.alignment_weight:
+        config.pause = blank
+    adapter = SpeechAdapter(config, model.text.config)
+    if adapter.words is not None:
+        adapter.start_words(words)
+    if config.pause is not None:
+        surround_as_text(adapter, model)
+    if recipe.encoder_weights:
+        load_part(adapter.encoder, Path(recipe.encoder_weights))
+    return adapter
 
 
 @torch.no_grad()
