@@ -9,6 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .adapters.commands import add_show_command
+from .data.commands import add_shards_commands
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 for what went wrong, 2 for wrong usage, 130 when interrupted."""
@@ -22,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("herdkit: interrupted; the same command goes on from the last finished point", file=sys.stderr)
+        print(f"herdkit: interrupted; {options.interrupted}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -36,12 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from .data.commands import add_shard_commands
-
     parser = argparse.ArgumentParser(
         prog="herdkit", description="Compositional multimodal models: train, compose, chat.",
         epilog="Set HERDKIT_TRACEBACK=1 to see where an error comes from.",
     )  # fmt: skip
+    parser.set_defaults(interrupted="the same command goes on from the last finished point")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
@@ -136,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate_parser.add_argument("--out", type=Path, required=True, help=".jsonl to write, in the order of the prompts")
     generate_parser.add_argument("--samples", type=int, default=1, help="completions of each prompt (%(default)s)")
     generate_parser.add_argument("--batch-size", type=int, default=16, help="prompts that run together (%(default)s)")
+    generate_parser.add_argument("--compile", action="store_true", help="compile the step first, which takes a minute")
     generate_parser.add_argument("--draft", type=Path, help="smaller model of the same vocabulary, which speeds it up")
     generate_parser.add_argument("--draft-tokens", type=int, default=4, help="it proposes at a time (%(default)s)")
     add_sampling(generate_parser, max_new_tokens=256, seed=0)
@@ -153,8 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert_parser.add_argument("--dtype", choices=dtypes, help="of the weights (that of the files)")
     convert_parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="huggingface (%(default)s)")
     convert_parser.add_argument("--model-parallel", type=int, default=1, help="meta: number of files (%(default)s)")
-
-    add_shard_commands(commands)
+    add_show_command(add_shards_commands(commands))
     return parser
 
 
@@ -276,6 +278,11 @@ def generate(options: argparse.Namespace) -> None:
         from .text.quantisation import quantise
 
         quantise(model)
+    step = None
+    if options.compile:
+        from .text.compiled import compile_step
+
+        step = compile_step(model, freeze=model.output_weight.device.type == "cpu")
     result = generate_file(
         model,
         tokenizer,
@@ -285,6 +292,7 @@ def generate(options: argparse.Namespace) -> None:
         samples=options.samples,
         seed=options.seed,
         batch_size=options.batch_size,
+        step=step,
         speculation=speculation,
         settings={"model": str(options.model.resolve()), "draft": str(options.draft), "int8": options.int8},
     )

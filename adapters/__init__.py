@@ -4,7 +4,7 @@ from .batching import Batch, DialogCollator, Port
 from .compose import ComposedCache, ComposedModel, compose
 from .contract import Adapter, Contribution, InterleavedLayer, ModalityBatch, Placements, Preparation
 from .cross_attention import GatedCrossAttention
-from .model_directory import ModelDirectoryError, attach_adapters, load, save
+from .model_directory import ModelDirectoryError, attach_adapters, load, load_ports, save
 from .projector import Projector
 from .registry import adapter_class, adapter_names, register_adapter
 from .resampler import PerceiverResampler
@@ -30,6 +30,7 @@ __all__ = [
     "attach_adapters",
     "compose",
     "load",
+    "load_ports",
     "register_adapter",
     "save",
 ]

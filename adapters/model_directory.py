@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..text.model import TransformerConfig
 from ..text.model_directory import (
     Layout,
     ModelDirectoryError,
@@ -24,7 +25,10 @@ from ..text.model_directory import (
     write_config,
     writing,
 )
+from ..text.tokenizer import Tokenizer
+from .batching import Port
 from .compose import ComposedModel
+from .contract import Adapter
 from .registry import adapter_class
 
 
@@ -118,6 +122,29 @@ def attach_adapters(model: ComposedModel, path: str | os.PathLike, adapters: Seq
     _attach(model, path, adapters)
 
 
+def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
+    """What makes batches for the model of a directory: its tokenizer and the ports of its adapters. No weights are
+    read, and the adapters take no memory.
+
+    Raises:
+        ModelDirectoryError: no such directory, an unreadable or unknown configuration, no tokenizer.
+    """
+    layout, path = find_layout(Path(path))
+    try:
+        tokenizer = Tokenizer.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ModelDirectoryError(f"{path}: no tokenizer can be read: {error}") from error
+    if layout != "herdkit":
+        return tokenizer, []
+    config = read_config(path)
+    try:
+        text = dataclass_from_dict(TransformerConfig, config["text"], "text.")
+    except ValueError as error:
+        raise ModelDirectoryError(f"{path / 'config.json'}: {error}") from error
+    with torch.device("meta"):
+        return tokenizer, [Port.of(_build(path, name, entry, text)) for name, entry in config["adapters"].items()]
+
+
 def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) -> None:
     configs = _adapter_configs(path)
     if missing := set(adapters or ()) - set(configs):
@@ -125,14 +152,17 @@ def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) ->
     for name, entry in configs.items():
         if adapters is not None and name not in adapters:
             continue
-        try:
-            kind = adapter_class(entry["type"])
-            adapter_config = dataclass_from_dict(kind.config_class, entry["config"], f"adapters.{name}.config.")
-            adapter = kind(adapter_config, model.text.config)
-        except (LookupError, ValueError) as error:
-            raise ModelDirectoryError(f"{path / 'config.json'}: adapter {name!r}: {error}") from error
+        adapter = _build(path, name, entry, model.text.config)
         load_part(adapter, path / f"{name}.safetensors")
         model.attach(adapter.to(model.text.tok_embeddings.weight).train(model.training))
+
+
+def _build(path: Path, name: str, entry: dict[str, Any], text: TransformerConfig) -> Adapter:
+    try:
+        kind = adapter_class(entry["type"])
+        return kind(dataclass_from_dict(kind.config_class, entry["config"], f"adapters.{name}.config."), text)
+    except (LookupError, ValueError) as error:
+        raise ModelDirectoryError(f"{path / 'config.json'}: adapter {name!r}: {error}") from error
 
 
 def _adapter_configs(path: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     python benchmarks/text_training.py [--precision bfloat16] [--compile] [--batch 8] [--length 512]
     python benchmarks/text_training.py --memory --vocabulary 128256
 
-Both train on the same rows: transformers with `labels`, here with the objective of the training stages. Prints the
-medians of interleaved rounds as one JSON line; with --memory the growth of the peak of resident memory in a process of
-its own for each.
+Both train on the same rows: transformers with `labels`, here with the objective of the training stages. Beside them run
+the matrix products of such a step alone, into memory that is there already: what no implementation on the same kernels
+can go below; `limit` is the ratio that it would have. Prints the medians of interleaved rounds as one JSON line; with
+--memory the growth of the peak of resident memory in a process of its own for each.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from statistics import median
 
 import torch
 from herdkit.text import Transformer, TransformerConfig, config_to_hf, to_hf_state_dict
+from herdkit.text.loss import CHUNK_BYTES
 from herdkit.text.objective import next_token
 from herdkit.text.rows import IGNORE, TokenBatch
 
@@ -41,8 +43,8 @@ def sizes(vocabulary: int, length: int) -> TransformerConfig:
     )
 
 
-def ours(options: argparse.Namespace, tokens: torch.Tensor) -> Step:
-    model = Transformer(sizes(options.vocabulary, options.length))
+def ours(options: argparse.Namespace, tokens: torch.Tensor, model: Transformer | None = None) -> Step:
+    model = model or Transformer(sizes(options.vocabulary, options.length))
     if options.compile:
         for layer in model.layers:
             layer.compile()
@@ -56,13 +58,44 @@ def ours(options: argparse.Namespace, tokens: torch.Tensor) -> Step:
         (loss / count).backward()
         return (loss / count).item()
 
-    step.model = model  # type: ignore[attr-defined]
     return step
 
 
-def theirs(
-    options: argparse.Namespace, tokens: torch.Tensor, weights: Transformer | None = None
-) -> Callable[[], float]:
+def products(options: argparse.Namespace) -> Step:
+    """The products of one step with the weights, their two gradients each; attention's own are left out."""
+    config = sizes(options.vocabulary, options.length)
+    dtype = getattr(torch, options.precision)
+    tokens, kv = options.batch * options.length, config.n_kv_heads * config.head_dim
+    layer = [(config.dim, config.dim)] * 2 + [(config.dim, kv)] * 2 + [(config.dim, config.ffn_dim)] * 3
+    chunk = CHUNK_BYTES // (4 * options.vocabulary)  # of positions, as the loss takes them
+
+    def of(rows: int, inputs: int, outputs: int) -> Callable[[], None]:
+        x, w, g = (torch.randn(shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+        y, of_x, of_w = torch.empty_like(g), torch.empty_like(x), torch.empty_like(w)
+
+        def run() -> None:
+            torch.mm(x, w.t(), out=y)
+            torch.mm(g, w, out=of_x)
+            torch.mm(g.t(), x, out=of_w)
+
+        return run
+
+    made = {shape: of(tokens, *shape) for shape in set(layer)}
+    rows = [len(part) for part in torch.arange(tokens).split(chunk)]
+    ends = {n: of(n, config.dim, options.vocabulary) for n in set(rows)}
+
+    def step() -> float:
+        for _ in range(config.n_layers):
+            for shape in layer:
+                made[shape]()
+        for n in rows:
+            ends[n]()
+        return 0.0
+
+    return step
+
+
+def theirs(options: argparse.Namespace, tokens: torch.Tensor, weights: Transformer | None = None) -> Step:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = sizes(options.vocabulary, options.length)
@@ -121,13 +154,16 @@ def main() -> None:
             result[f"{name}_bytes"] = int(subprocess.run(command, check=True, capture_output=True).stdout)
         result["ratio"] = result["herdkit_bytes"] / result["transformers_bytes"]
     else:
-        here = ours(options, tokens)
-        steps = {"herdkit": here, "transformers": theirs(options, tokens, here.model)}  # type: ignore[attr-defined]
+        model = Transformer(sizes(options.vocabulary, options.length))
+        steps = {"transformers": theirs(options, tokens, model), "herdkit": ours(options, tokens, model)}
         losses = {name: step() for name, step in steps.items()}  # warms up, and shows that both do the same
+        steps["products"] = products(options)
         times = [{name: seconds(step) for name, step in steps.items()} for _ in range(options.rounds)]
         for name in steps:
-            result[f"{name}_tokens_per_second"] = tokens.numel() / median(row[name] for row in times)
-        result |= {"losses": losses, "ratio": median(row["transformers"] / row["herdkit"] for row in times)}
+            result[f"{name}_tokens_per_second"] = round(tokens.numel() / median(row[name] for row in times), 1)
+        for name, other in (("ratio", "herdkit"), ("limit", "products")):
+            result[name] = round(median(row["transformers"] / row[other] for row in times), 3)
+        result["losses"] = losses
     print(json.dumps(result))
 
 

@@ -2,29 +2,41 @@
 
 from .byte_cache import ByteCache
 from .dialogs import DialogError, Message, Part, dialog_sample, parse_dialog
+from .drafts import Draft, InputError, Problem
+from .folder_tree import FolderTree
 from .loader import BadSample, Loader, LoaderError
+from .manifests import Columns, Manifest
 from .media import Clip, MediaError, load_audio, load_image, load_video
 from .mixture import Mixture, Place
 from .packing import fill, pack
+from .shard_survey import Survey, survey_shards
+from .shard_writing import write_shards
 from .shards import Fault, Sample, ShardError, ShardReader, ShardWriter
 
 __all__ = [
     "BadSample",
     "ByteCache",
     "Clip",
+    "Columns",
     "DialogError",
+    "Draft",
     "Fault",
+    "FolderTree",
+    "InputError",
     "Loader",
     "LoaderError",
+    "Manifest",
     "MediaError",
     "Message",
     "Mixture",
     "Part",
     "Place",
+    "Problem",
     "Sample",
     "ShardError",
     "ShardReader",
     "ShardWriter",
+    "Survey",
     "dialog_sample",
     "fill",
     "load_audio",
@@ -32,4 +44,6 @@ __all__ = [
     "load_video",
     "pack",
     "parse_dialog",
+    "survey_shards",
+    "write_shards",
 ]

@@ -58,10 +58,11 @@ _LIBAV_OPTIONS = {
 
 
 class MediaError(ValueError):
-    """A medium that cannot be decoded: "<file>: <reason>", one line."""
+    """A medium that cannot be decoded: "<file>: <reason>", one line; `reason` is the second part."""
 
     def __init__(self, name: str, reason: object):
-        super().__init__(f"{name}: {' '.join(str(reason).split())}")
+        self.reason = " ".join(str(reason).split())
+        super().__init__(f"{name}: {self.reason}")
 
 
 @dataclass

@@ -93,6 +93,14 @@ class ShardIndex:
         places = self._views["key_starts"]
         return str(self._views["keys"][places[sample] : places[sample + 1]], "utf-8", "surrogateescape")
 
+    def find(self, key: str) -> int | None:
+        """The first sample with this key, or None where there is none."""
+        wanted = np.frombuffer(key.encode("utf-8", "surrogateescape"), np.uint8)
+        places = self.key_starts.astype(np.int64)
+        samples = np.flatnonzero(np.diff(places) == len(wanted))
+        equal = (self.keys[places[samples, None] + np.arange(len(wanted))] == wanted).all(1)
+        return int(samples[equal.argmax()]) if equal.any() else None
+
     def members(self, sample: int) -> tuple[list[str], list[int], list[int], list[int]]:
         """Of the sample's members: extensions, offsets and sizes of the data in bytes, CRC-32 of headers' starts."""
         views, names, unit = self._views, self.extension_names, self.unit

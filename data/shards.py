@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _OPENED_AT_ONCE = 16
+
+MAX_MEMBER_BYTES = (1 << 33) - 1
+"""The largest member: what the size field of a plain tar header holds."""
 
 
 @dataclass
@@ -95,7 +98,8 @@ class ShardWriter:
     Args:
         pattern: path with one integer format; its folder is made if need be.
         existing: what to do with shards of this pattern that are there already. They are never mixed with new
-            ones: "error" refuses to start, "replace" removes them first.
+            ones: "error" refuses to start, "replace" removes them when the first new sample is written, or none was
+            to be.
 
     Raises:
         ShardError: shards exist, or a sample cannot be written.
@@ -129,32 +133,21 @@ class ShardWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         for left_over in self._matching(r"\.", r"\.\d+\.partial"):  # of a run that was killed
             left_over.unlink()
-        found = self._matching()
-        if found and existing == "error":
-            raise ShardError(f"{found[0]} exists already, as one of {len(found)} shards; remove them first")
-        for path in found:
-            Path(f"{path}{INDEX_SUFFIX}").unlink(missing_ok=True)
-            path.unlink()
+        self._old = self._matching()
+        if self._old and existing == "error":
+            count, first = len(self._old), self._old[0]
+            raise ShardError(f"{first} exists already, as one of {count} shards; remove or replace them")
 
     def write(self, key: str, members: Mapping[str, bytes | str | dict | list]) -> None:
         """Appends a sample: bytes as they are, text as UTF-8, dicts and lists as JSON."""
-        self._check_key(key)
-        if not members:
-            raise ShardError(f"{self.pattern}: sample {key} has no members")
-        for extension in members:
-            if not re.fullmatch(r"[^A-Z/.\0][^A-Z/\0]*", extension) or extension.startswith("_"):
-                raise ShardError(f"{self.pattern}: sample {key}: {extension!r} is no lower-case extension")
+        if problem := naming_problem(key, members):
+            raise ShardError(f"{self.pattern}: {problem}")
         content = {extension: _encoded(value, f"{key}.{extension}") for extension, value in members.items()}
-        for extension in content:
-            # Refused before anything of the sample is written; shorter names always fit.
-            if len((name := f"{key}.{extension}").encode()) > 100:
-                try:
-                    tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)
-                except ValueError as error:
-                    raise ShardError(f"{self.pattern}: {name}: {error}") from error
+        for extension, value in content.items():
+            if len(value) > MAX_MEMBER_BYTES:
+                raise ShardError(f"{self.pattern}: {key}.{extension}: {len(value)} bytes; the limit is 8 GiB")
         size = sum(map(len, content.values()))
-        full = self._in_shard >= self.max_count or self._bytes + size > self.max_bytes
-        if self._tar is not None and full:
+        if self._tar is not None and self._bytes + size > self.max_bytes:
             self._finish()
         tar = self._tar if self._tar is not None else self._begin()
         if key in self._keys:
@@ -164,9 +157,12 @@ class ShardWriter:
         self._in_shard += 1
         self._bytes += size
         self.count += 1
+        if self._in_shard >= self.max_count:
+            self._finish()
 
     def close(self) -> None:
         """Completes the shard under way."""
+        self._remove_old()
         if self._tar is not None:
             self._finish()
 
@@ -185,6 +181,7 @@ class ShardWriter:
                 self._temporary.unlink()
 
     def _begin(self) -> TarWriter:
+        self._remove_old()
         target = self._target()
         self._temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
         self._file = self._temporary.open("wb")
@@ -204,12 +201,11 @@ class ShardWriter:
         self._temporary.replace(target)
         self.shards.append(target)
 
-    def _check_key(self, key: str) -> None:
-        match = MEMBER.match(f"{key}.x")
-        if match is None or match.group(1) != key or META.match(key) or "\0" in key:
-            raise ShardError(f"{self.pattern}: a key has no dot in its last part and is no __name__: {key!r}")
-        if key.startswith("/") or ".." in key.split("/"):
-            raise ShardError(f"{self.pattern}: a key stays inside its folder, unlike {key!r}")
+    def _remove_old(self) -> None:
+        while self._old:
+            path = self._old.pop()  # from the end: what is left is the beginning of the old series
+            Path(f"{path}{INDEX_SUFFIX}").unlink(missing_ok=True)
+            path.unlink()
 
     def _target(self) -> Path:
         before, number, after = self._form
@@ -305,6 +301,17 @@ class ShardReader:
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
 
+    def find(self, key: str) -> int:
+        """The position of the first sample with this key.
+
+        Raises:
+            LookupError: there is none.
+        """
+        for before, index in zip([0, *self._ends], self._indexes, strict=False):
+            if (number := index.find(key)) is not None:
+                return before + number
+        raise LookupError(f"no sample has the key {key!r}")
+
     def __reduce__(self) -> tuple:
         # Another process maps the indexes itself.
         return _reader, (self.paths, self._settings)
@@ -312,6 +319,31 @@ class ShardReader:
 
 def _reader(paths: list[Path | str], settings: dict[str, Any]) -> ShardReader:
     return ShardReader(paths, **settings)
+
+
+def naming_problem(key: str, extensions: Collection[str]) -> str | None:
+    """Why no shard can hold a sample of this key with members of these extensions, or None where one can."""
+    match = MEMBER.match(f"{key}.x")
+    if "\0" in key:
+        return f"a key holds no NUL, unlike {key!r}"
+    if match is None or match.group(1) != key or META.match(key):
+        return f"a key is not empty, has no dot in its last part and is no __name__, unlike {key!r}"
+    if key.startswith("/") or ".." in key.split("/"):
+        return f"a key stays inside its folder, unlike {key!r}"
+    if not extensions:
+        return f"sample {key} has no members"
+    for extension in extensions:
+        if not re.fullmatch(r"[^A-Z/.\0][^A-Z/\0]*", extension) or extension.startswith("_"):
+            return f"sample {key}: {extension!r} is no lower-case extension"
+        name = f"{key}.{extension}"
+        try:
+            if len(name.encode()) > 100:  # shorter names always fit
+                tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)
+        except UnicodeEncodeError:
+            return f"{name!r} is not Unicode text, as names in a shard must be"
+        except ValueError as error:
+            return f"{name}: {error}"
+    return None
 
 
 def _encoded(value: object, where: str) -> bytes:

@@ -6,6 +6,8 @@ from zlib import adler32
 
 import numpy as np
 
+from .wording import printable
+
 BLOCK = 512
 START = 157
 """Bytes at the start of a header that say what it is of: name, size, time, the sum of all its bytes, kind."""
@@ -58,8 +60,7 @@ def padded(size: int) -> int:
 
 def shown(name: bytes | str) -> str:
     """A name for people: as it is if that is safe to print, else escaped."""
-    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
-    return text if text.isprintable() else ascii(text)
+    return printable(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name)
 
 
 def matters(content: bytes) -> bool:

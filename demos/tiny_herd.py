@@ -40,8 +40,6 @@ CHAIN = (
     Link(name="vision-contrastive", title="vision encoder: contrast", recipe="vision/recipes/tiny_contrastive.yaml"),
     Link(name="image-pretrain", title="image adapter: captions", recipe="vision/recipes/tiny_image_pretrain.yaml"),
     Link(name="image-sft", title="image adapter: questions", recipe="vision/recipes/tiny_image_sft.yaml"),
-    Link(name="video-pretrain", title="video adapter: captions", recipe="vision/recipes/tiny_video_pretrain.yaml"),
-    Link(name="video-sft", title="video adapter: questions", recipe="vision/recipes/tiny_video_sft.yaml"),
     Link(name="speech-bestrq", title="speech encoder: BEST-RQ", recipe="speech/recipes/tiny_bestrq.yaml"),
     Link(
         name="speech-transcription",
@@ -49,6 +47,18 @@ CHAIN = (
         recipe="speech/recipes/tiny_transcription.yaml",
     ),
     Link(name="speech-dialog", title="speech adapter: questions", recipe="speech/recipes/tiny_dialog.yaml"),
+    Link(
+        name="video-pretrain",
+        title="video adapter: captions",
+        recipe="vision/recipes/tiny_video_pretrain.yaml",
+        alone=True,
+    ),
+    Link(
+        name="video-sft",
+        title="video adapter: questions",
+        recipe="vision/recipes/tiny_video_sft.yaml",
+        alone=True,
+    ),
     Link(
         name="together",
         title="all senses: spoken questions about pictures",

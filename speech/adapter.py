@@ -40,9 +40,9 @@ class SpeechAdapterConfig:
         output_scale: root mean square of the soft tokens at the start; that of the language model's token
             embeddings (`herdkit.adapters.projector.embedding_scale`) is a good value.
         word_temperature: makes every soft token a mixture of the language model's own token embeddings, weighted by
-            softmax(similarity / temperature): what is heard comes to the language model as the words that it knows.
-            The paper hands over the output of the linear layer as it is, as None does; mixtures by the posteriors of
-            a CTC head are from LegoSLM (arXiv 2505.11352).
+            softmax(logits / temperature) of a linear head: what is heard comes to the language model as the words that
+            it knows. The paper hands over the output of the linear layer as it is, as None does; mixtures by the
+            posteriors of a CTC head are from LegoSLM (arXiv 2505.11352). The head has V x D parameters.
         pause: the language model's token for no word, with `word_temperature`. Soft tokens that are most like it, or
             like the one before them, become this token and stand behind all others, so that the words follow one
             another as in a text (CTC compression, as in arXiv 2102.01578, but with their number unchanged, which has
@@ -168,6 +168,7 @@ class SpeechAdapter(Adapter):
     Attributes:
         encoder: the `Conformer`, the part that BEST-RQ trains.
         ctc: linear layer on the encoder's frames, or None.
+        words: linear layer from soft tokens to the language model's tokens, with a `word_temperature`; else None.
     """
 
     modality = "speech"
@@ -178,8 +179,10 @@ class SpeechAdapter(Adapter):
     def __init__(self, config: SpeechAdapterConfig, text: TransformerConfig):
         super().__init__(config, text)
         self.prepare = SpeechPreparation(config)
+        self.words = None
         if config.word_temperature is not None:
             self.requires = ("text",)
+            self.words = nn.Linear(text.dim, text.vocab_size)
         self.encoder = Conformer(config.conformer)
         self.ctc = None
         if config.ctc_classes is not None:
@@ -232,10 +235,23 @@ class SpeechAdapter(Adapter):
         is_last = torch.arange(x.shape[1], device=x.device) == lengths[:, None] + 1
         return torch.where(is_last[..., None], end, x) * config.output_scale, lengths + 2
 
+    @torch.no_grad()
+    def start_words(self, embeddings: Tensor) -> None:
+        """Makes the head for words say, at the start, how much a soft token is like each of the embeddings (V, D).
+
+        It is a head of its own because embeddings stand as it happens: to hit each of them, learned one by one, took
+        the adapter twice as long with some language models as with others.
+        """
+        assert self.words is not None
+        self.words.weight.copy_(F.normalize(embeddings, dim=1))
+        self.words.bias.zero_()
+
     def token_logits(self, soft_tokens: Tensor, embeddings: Tensor) -> Tensor:
-        """How much each soft token (..., D) of `bridge` is like each token of the language model, whose embeddings are
-        (V, D): (..., V), from -1 to 1 times the soft token's length in units of `output_scale`."""
-        return F.linear(soft_tokens / self.config.output_scale, F.normalize(embeddings, dim=1))
+        """Soft tokens (..., D) of `bridge` to logits (..., V) of the language model's tokens: by the head for words or,
+        where there is none, the likeness to each of the language model's embeddings (V, D), from -1 to 1 times the soft
+        token's length in units of `output_scale`."""
+        soft_tokens = soft_tokens / self.config.output_scale
+        return F.linear(soft_tokens, F.normalize(embeddings, dim=1)) if self.words is None else self.words(soft_tokens)
 
     def soft_tokens(self, bridged: Tensor, lengths: Tensor, embeddings: Tensor | None) -> Tensor:
         """What the language model is given, (N, S, D).

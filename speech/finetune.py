@@ -40,9 +40,9 @@ class SpeechRecipe(AdapterRecipe):
         answer_weight: of the language model's loss, the paper's only one. At 0 the language model is left out, and
             the CTC losses alone train encoder and adapter, in two thirds of the time.
         ctc_weight: of a CTC loss that spells the transcript, in bytes of UTF-8, from the encoder alone.
-        alignment_weight: of a CTC loss that reads the transcript's tokens off the soft tokens, whose classes are
-            the language model's own token embeddings: what is heard comes to the language model as the words that
-            it knows. Neither loss is in the paper; both shorten the way by far.
+        alignment_weight: of a CTC loss that reads the transcript's tokens off the soft tokens (`token_logits` of the
+            adapter): what is heard comes to the language model as the words that it knows. Neither loss is in the
+            paper; both shorten the way by far.
         blank: text of the token that stands where no word is heard, for the alignment; the language model should
             have learned to read past it.
         augment: masks of SpecAugment; None for none.
@@ -203,21 +203,30 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     assert model.tokenizer is not None  # every model directory has one
     blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
     if recipe.adapter is not None:
-        recipe.adapter.output_scale = embedding_scale(model.text.tok_embeddings.weight)
-        if recipe.ctc_weight:
-            recipe.adapter.ctc_classes = 1 + 256
-        if recipe.adapter.word_temperature is not None and recipe.alignment_weight:
-            recipe.adapter.pause = blank
-        adapter = SpeechAdapter(recipe.adapter, model.text.config)
-        if recipe.adapter.pause is not None:
-            surround_as_text(adapter, model)
-        if recipe.encoder_weights:
-            load_part(adapter.encoder, Path(recipe.encoder_weights))
-        model.attach(adapter)
+        model.attach(new_adapter(recipe, recipe.adapter, model, blank))
     weights = recipe.answer_weight, recipe.ctc_weight, recipe.alignment_weight
     objective = SpeechObjective(*weights, blank, recipe.augment)
     collator = partial(SpeechCollator, spelled=recipe.ctc_weight > 0, aligned=recipe.alignment_weight > 0)
     return train_on_dialogs(recipe, model, run_dir, objective, collator)
+
+
+def new_adapter(recipe: SpeechRecipe, config: SpeechAdapterConfig, model: ComposedModel, blank: int) -> SpeechAdapter:
+    """An adapter of these sizes for the model's language model, with what the recipe's losses need; `config` is filled
+    in."""
+    words = model.text.tok_embeddings.weight
+    config.output_scale = embedding_scale(words)
+    if recipe.ctc_weight:
+        config.ctc_classes = 1 + 256
+    if config.word_temperature is not None and recipe.alignment_weight:
+        config.pause = blank
+    adapter = SpeechAdapter(config, model.text.config)
+    if adapter.words is not None:
+        adapter.start_words(words)
+    if config.pause is not None:
+        surround_as_text(adapter, model)
+    if recipe.encoder_weights:
+        load_part(adapter.encoder, Path(recipe.encoder_weights))
+    return adapter
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     forward: Forward | None = None,
     step: Forward | None = None,
+    slots: int | None = None,
     speculation: Speculation | None = None,
 ) -> list[Completion]:
     """Continues every prompt; a row does not depend on the others.
@@ -60,6 +61,8 @@ def generate(
         tokenizer: needed for `options.stop_strings`.
         forward: in place of `model.hidden`, with one sample a prompt.
         step: in place of `model.hidden` after the prompts, with a static cache (`herdkit.text.compiled`).
+        slots: of that cache, for the longest prompt and what is generated. Requests of one number of rows and slots
+            share a compiled step. Default: the next multiple of STATIC_SLOTS.
         speculation: a draft model that proposes tokens.
 
     Returns: P * N completions; sample n of prompt p is number p * N + n.
@@ -68,7 +71,7 @@ def generate(
         ValueError: an argument out of range, an empty prompt, more tokens than the model's `max_seq_len`, arguments
             that exclude each other.
     """
-    request = _Request(model, prompts, options, samples, seed, tokenizer, forward, step, speculation)
+    request = _Request(model, prompts, options, samples, seed, tokenizer, forward, step, slots, speculation)
     for _ in request.steps():
         pass
     return [row.completion for row in request.rows]
@@ -86,7 +89,7 @@ def stream(
     speculation: Speculation | None = None,
 ) -> Iterator[int]:
     """`generate` for one prompt, token by token. Errors arise at the call, not at the first token."""
-    request = _Request(model, [prompt], options, 1, seed, tokenizer, forward, step, speculation)
+    request = _Request(model, [prompt], options, 1, seed, tokenizer, forward, step, None, speculation)
 
     def tokens() -> Iterator[int]:
         given, new = 0, request.rows[0].completion.tokens
@@ -122,11 +125,12 @@ class _Request:
         tokenizer: Tokenizer | None,
         forward: Forward | None,
         step: Forward | None,
+        slots: int | None,
         speculation: Speculation | None,
     ):
         self.model, self.prompts, self.samples = model, prompts, samples
         self.options = options = options or SamplingOptions()
-        self.forward, self.step, self.speculation = forward, step, speculation
+        self.forward, self.step, self.slots, self.speculation = forward, step, slots, speculation
         self._check(tokenizer)
         self.rows = [Row(options, s, n, tokenizer) for s in self._seeds(seed) for n in range(samples)]
 
@@ -141,6 +145,8 @@ class _Request:
             raise ValueError("give only one of forward, step and speculation")
         if self.forward is not None and self.samples > 1:
             raise ValueError("an own forward takes one sample a prompt; repeat the prompts and their inputs instead")
+        if self.slots is not None and self.step is None:
+            raise ValueError("slots are those of the static cache, which only a step uses")
         if self.speculation is not None:
             self.speculation.check(self.model)
         models = [self.model] if self.speculation is None else [self.model, self.speculation.draft]
@@ -150,6 +156,8 @@ class _Request:
                 raise ValueError(
                     f"a prompt of {longest} tokens and {new} new ones exceed max_seq_len ({model.config.max_seq_len})"
                 )
+        if self.slots is not None and longest + new > self.slots:
+            raise ValueError(f"a prompt of {longest} tokens and {new} new ones exceed the {self.slots} slots")
 
     def _seeds(self, seed: int | Sequence[int] | None) -> Sequence[int]:
         if seed is None:
@@ -222,7 +230,7 @@ class _Request:
         if not self._branched:
             slots = self.options.max_new_tokens + (self.speculation.length if self.speculation else 0)
         if self.step is not None:
-            slots = -(-(longest + slots) // STATIC_SLOTS) * STATIC_SLOTS - longest
+            slots = (self.slots or static_slots(longest + slots)) - longest
         cache = _cache(model, len(prompts), longest + slots, growing=self.step is None, static=self.step is not None)
         cache.reserve(longest)
         if self.forward is not None:
@@ -236,6 +244,11 @@ class _Request:
             found.append(_last(model.hidden(_padded(prompts[chunk], model), cache=cache.rows(chunk)), lengths[chunk]))
             start = chunk.stop
         return cache, torch.cat(found)
+
+
+def static_slots(needed: int) -> int:
+    """The next multiple of STATIC_SLOTS."""
+    return -(-needed // STATIC_SLOTS) * STATIC_SLOTS
 
 
 def _cache(model: Transformer, rows: int, slots: int, **kind: bool) -> KVCache:

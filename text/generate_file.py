@@ -17,7 +17,7 @@ from ..train.files import finite, sync, write_json, write_text
 from ..train.progress import ProgressLine
 from .completion import Completion
 from .dialog import encode_prompt
-from .generate import generate
+from .generate import Forward, generate, static_slots
 from .model import Transformer
 from .sampling import SamplingOptions
 from .speculative import Speculation
@@ -104,6 +104,7 @@ def generate_file(
     samples: int = 1,
     seed: int = 0,
     batch_size: int = 16,
+    step: Forward | None = None,
     speculation: Speculation | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def generate_file(
         samples: completions of each prompt.
         seed: a prompt on line i without a seed of its own has `seed + i`, in whatever batch it runs.
         batch_size: prompts that run together, of like length.
+        step: as in `generate`; all batches have one shape then, so that it is compiled once.
         settings: what else makes the result what it is, such as the model's path; kept and compared as the rest.
 
     Returns: counts and rates of this call, for the command line's last line.
@@ -142,6 +144,7 @@ def generate_file(
         "samples": samples,
         "seed": seed,
         "speculation": speculation.length if speculation else None,
+        "compiled": step is not None,
         **dataclasses.asdict(options),
         **(settings or {}),
     }
@@ -150,19 +153,23 @@ def generate_file(
     # Like lengths share a batch; the longest come first, so that memory fails early and the time that remains is not
     # underrated.
     waiting = sorted((p for p in prompts if p.id not in done), key=lambda p: -len(p.tokens))
+    slots = static_slots(len(waiting[0].tokens) + options.max_new_tokens) if step is not None and waiting else None
     tokens, started = 0, time.monotonic()
     with ProgressLine("prompts", len(prompts), len(done)) as progress:
         for first in range(0, len(waiting), batch_size):
             batch = waiting[first : first + batch_size]
+            run = batch if step is None else [*batch, *[batch[-1]] * (batch_size - len(batch))]
             completions = generate(
                 model,
-                [prompt.tokens for prompt in batch],
+                [prompt.tokens for prompt in run],
                 options,
                 samples=samples,
-                seed=[seed + prompt.line if prompt.seed is None else prompt.seed for prompt in batch],
+                seed=[seed + prompt.line if prompt.seed is None else prompt.seed for prompt in run],
                 tokenizer=tokenizer,
+                step=step,
+                slots=slots,
                 speculation=speculation,
-            )
+            )[: len(batch) * samples]
             lines = []
             for i, prompt in enumerate(batch):
                 own = completions[i * samples : (i + 1) * samples]

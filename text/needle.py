@@ -15,7 +15,7 @@ import torch
 
 from ..data.shards import ShardReader
 from ..data.sources import SourceConfig
-from ..data.synthetic.needles import needle
+from ..data.synthetic.needles import needles
 from .model import Transformer
 from .tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class NeedleTest:
     def haystack(self, length: int, depth: float, number: int) -> tuple[list[int], list[int]]:
         """Prompt and answer tokens, `length` in all, with the needle at the depth."""
         rng = Random(f"{self.config.seed}/{length}/{depth}/{number}")
-        hidden = needle(rng)
+        (hidden,) = needles(rng, 1)
         statement = self.tokenizer.encode(f" {hidden.statement}")
         question, answer = self.tokenizer.encode(f" {hidden.question}"), self.tokenizer.encode(hidden.answer)
         straw = length - 1 - len(statement) - len(question) - len(answer)
@@ -120,6 +120,7 @@ def plot(result: NeedleResult, path: Path, title: str) -> None:
     axes.set_title(title)
     for i, row in enumerate(grid.tolist()):
         for j, share in enumerate(row):
-            axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            legible = "black" if 0.15 < share < 0.85 else "white"
+            axes.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8, color=legible)
     figure.colorbar(image, label="found")
     figure.savefig(path, dpi=120)

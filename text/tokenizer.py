@@ -153,9 +153,9 @@ class Tokenizer:
             path = found[0] if found else path / "tokenizer.json"
         if path.suffix == ".model":
             return cls.from_ranks(read_ranks(path))
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
         try:
-            return cls.from_json(text)
+            return cls.from_json(content.decode("utf-8"))
         except Exception as error:  # the library raises nothing narrower for a file that it cannot read
             raise ValueError(f"{path}: {error}") from error
 

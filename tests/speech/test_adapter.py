@@ -35,9 +35,12 @@ def config(**changes) -> SpeechAdapterConfig:
     return SpeechAdapterConfig(**{"conformer": conformer, "dim": 32, "ffn_dim": 48, "n_heads": 4} | changes)
 
 
-def adapter(dtype=torch.float32, seed=0, **changes) -> SpeechAdapter:
+def adapter(dtype=torch.float32, seed=0, words=None, **changes) -> SpeechAdapter:
     torch.manual_seed(seed)
-    return SpeechAdapter(config(**changes), TEXT).to(dtype)
+    one = SpeechAdapter(config(**changes), TEXT).to(dtype)
+    if words is not None:
+        one.start_words(words)
+    return one
 
 
 def waveforms(*samples: int) -> list[torch.Tensor]:
@@ -52,22 +55,24 @@ def cast(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.
 def test_mixtures_are_the_words_that_the_soft_tokens_are_most_like():
     torch.manual_seed(3)
     text = Transformer(TEXT)
-    plain, mixing = adapter(output_scale=0.3), adapter(output_scale=0.3, word_temperature=0.01)
-    mixing.load_state_dict(plain.state_dict())
+    words = text.tok_embeddings.weight
+    plain, mixing = adapter(output_scale=0.3), adapter(output_scale=0.3, word_temperature=0.01, words=words)
+    found = mixing.load_state_dict(plain.state_dict(), strict=False)
+    assert found.missing_keys == ["words.weight", "words.bias"]
     assert (plain.requires, mixing.requires) == ((), ("text",))
     with pytest.raises(ValueError, match="give its token embeddings"):
         mixing(mixing.prepare(waveforms(9000)))
     batch = plain.prepare(waveforms(9000, 16000))
     bridged, lengths = plain.bridge(*plain.encode(batch["features"], batch["frames"]))
     given = mixing(batch, text=text).soft_tokens
-    words = text.tok_embeddings.weight
+    torch.testing.assert_close(mixing.token_logits(bridged, words), plain.token_logits(bridged, words))
     for n, length in enumerate(lengths.tolist()):
         said = F.cosine_similarity(bridged[n, 1 : length - 1, None], words, dim=-1).argmax(-1)
         assert len(set(said.tolist())) > 1
         torch.testing.assert_close(given[n, 1 : length - 1], words[said], rtol=0, atol=0.3)
         for kept in ([0, length - 1], slice(length, None)):
             torch.testing.assert_close(given[n, kept], bridged[n, kept], rtol=0, atol=0)
-    even = SpeechAdapter.soft_tokens(adapter(word_temperature=1e6), bridged, lengths, words)
+    even = SpeechAdapter.soft_tokens(adapter(word_temperature=1e6, words=words), bridged, lengths, words)
     torch.testing.assert_close(even[0, 1], words.mean(0), rtol=0, atol=1e-4)
 
 
@@ -81,7 +86,7 @@ def test_silence_and_what_is_said_twice_come_behind_the_words():
     for n, row in enumerate(heard):
         bridged[n, 1 : 1 + len(row)] = 8 * F.normalize(words[row], dim=1)
     bridged.requires_grad_(True)
-    one = adapter(output_scale=1.0, word_temperature=0.01, pause=pause)
+    one = adapter(output_scale=1.0, word_temperature=0.01, pause=pause, words=words)
     given = one.soft_tokens(bridged, lengths, words)
     for n, said in enumerate(([4, 4, 9, 2], [5, 6])):
         length = int(lengths[n])
@@ -91,11 +96,25 @@ def test_silence_and_what_is_said_twice_come_behind_the_words():
             torch.testing.assert_close(given[n, kept], bridged[n, kept], rtol=0, atol=0)
     alone = one.soft_tokens(bridged[1:, :7], lengths[1:], words)
     torch.testing.assert_close(alone[0], given[1, :7])
-    soft = adapter(output_scale=1.0, word_temperature=2.0, pause=pause).soft_tokens(bridged, lengths, words)
+    soft = adapter(output_scale=1.0, word_temperature=2.0, pause=pause, words=words).soft_tokens(
+        bridged, lengths, words
+    )
     soft[0, 4].sum().backward()
     assert bridged.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [9], "the last word, where it is said first"
     with pytest.raises(ValueError, match="pause needs a word_temperature"):
         config(pause=3)
+
+
+def test_the_head_decides_which_word_a_soft_token_is():
+    torch.manual_seed(3)
+    words = torch.randn(50, TEXT.dim)
+    one = adapter(output_scale=1.0, word_temperature=0.01, words=words)
+    with torch.no_grad():
+        one.words.bias[11] = 100
+    bridged, lengths = torch.randn(1, 4, TEXT.dim), torch.tensor([4])
+    torch.testing.assert_close(one.soft_tokens(bridged, lengths, words)[0, 1:3], words[[11, 11]])
+    one.token_logits(bridged, words)[..., 5].sum().backward()
+    assert one.words.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [5]
 
 
 def test_a_model_hands_its_words_to_the_adapter_that_mixes_them():

@@ -3,7 +3,9 @@ reach."""
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
+import herdkit
 import pytest
 import soundfile
 import torch
@@ -14,13 +16,18 @@ from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
 from herdkit.speech.finetune import (
     SpeechCollator,
     SpeechObjective,
+    SpeechRecipe,
     Transcripts,
     blank_token,
+    new_adapter,
     surround_as_text,
 )
 from herdkit.text.model import Transformer, TransformerConfig
 from herdkit.text.tokenizer import Tokenizer
+from herdkit.train.config import load_recipe
+from torch.nn import functional as F
 
+RECIPE = Path(herdkit.__file__).parent / "speech/recipes/tiny_transcription.yaml"
 WORDS = ["red star", "go left", "what is two plus one"]
 
 
@@ -143,6 +150,18 @@ def test_alignment_makes_soft_tokens_the_words_that_are_said(model):
         aligned, n = metrics["alignment_loss"]
         losses.append((aligned / n).item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_new_adapter_starts_with_the_words_of_its_language_model(model):
+    pause = blank_token(" .", model.tokenizer)
+    recipe = load_recipe(RECIPE, SpeechRecipe, ["root=unused", 'encoder_weights=""'])
+    assert recipe.adapter is not None
+    adapter = new_adapter(recipe, recipe.adapter, model, pause)
+    words = model.text.tok_embeddings.weight
+    assert adapter.config.pause == pause
+    assert adapter.config.output_scale == pytest.approx(words.pow(2).mean().sqrt().item())
+    soft = adapter.config.output_scale * 8 * F.normalize(words, dim=1)
+    assert adapter.token_logits(soft, words).argmax(-1).tolist() == list(range(len(words)))
 
 
 def test_an_utterance_starts_between_line_breaks_and_a_pause(model):

@@ -98,13 +98,20 @@ class TestGreedy:
         assert [positions for _, positions in calls[1:]] == [[[6], [1], [3]], [[7], [2], [4]]]
         assert calls[1][0] == [[row[0]] for row in own]
 
-    def test_compiled_step(self, model, monkeypatch):
+    def test_compiled_step(self, model):
         torch._dynamo.reset()
-        monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
         step = compile_step(model, backend="eager")
         for prompts in (PROMPTS, [p[::-1] for p in PROMPTS]):
-            given = generate(model, prompts, greedy(8), step=step)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                given = generate(model, prompts, greedy(8), step=step)
             assert tokens_of(given) == tokens_of(generate(model, prompts, greedy(8)))
+
+    def test_slots_are_checked(self, model):
+        longest = max(map(len, PROMPTS))
+        with pytest.raises(ValueError, match=f"{longest} tokens and 8 new ones exceed the {longest + 7} slots"):
+            generate(model, PROMPTS, greedy(8), step=model.hidden, slots=longest + 7)
+        with pytest.raises(ValueError, match="which only a step uses"):
+            generate(model, PROMPTS, greedy(8), slots=100)
 
 
 class TestSeeds:

@@ -1,9 +1,11 @@
+import importlib
 import json
 
 import pytest
 import torch
 from herdkit import cli
 from herdkit.text import SamplingOptions, Transformer, TransformerConfig
+from herdkit.text.compiled import compile_step
 from herdkit.text.generate_file import generate_file, read_prompts
 from herdkit.text.model_directory import save_text
 
@@ -48,6 +50,24 @@ def test_one_line_a_prompt_in_their_order_whatever_the_batches(model, tokenizer,
     for other in map(read, outs[1:]):
         for row, same in zip(rows, other, strict=True):
             assert [c["text"] for c in row["completions"]] == [c["text"] for c in same["completions"]]
+
+
+def test_a_compiled_step_has_one_shape_and_gives_the_same(model, tokenizer, source, tmp_path, monkeypatch):
+    # The package's attribute of this name is the function.
+    monkeypatch.setattr(importlib.import_module("herdkit.text.generate"), "STATIC_SLOTS", 8)
+    step = compile_step(model, backend="eager")
+    for samples in (1, 3):
+        torch._dynamo.reset()
+        plain, compiled = tmp_path / f"plain{samples}.jsonl", tmp_path / f"compiled{samples}.jsonl"
+        expected = generate_file(model, tokenizer, source, plain, HOT, samples=samples, batch_size=2)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            given = generate_file(model, tokenizer, source, compiled, HOT, samples=samples, batch_size=2, step=step)
+        assert given["tokens"] == expected["tokens"]
+        for row, same in zip(read(compiled), read(plain), strict=True):
+            assert row["id"] == same["id"]
+            assert [c["text"] for c in row["completions"]] == [c["text"] for c in same["completions"]]
+    with pytest.raises(ValueError, match="compiled = False, not True"):
+        generate_file(model, tokenizer, source, plain, HOT, samples=3, batch_size=2, step=step)
 
 
 def test_killed_at_any_byte_it_goes_on_to_the_same_file(model, tokenizer, source, tmp_path, monkeypatch):

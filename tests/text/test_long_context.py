@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -27,8 +28,8 @@ def made(tmp_path_factory):
     with ShardWriter(root / "prose" / "%06d.tar") as writer:
         for i in range(60):
             writer.write(f"{i:04d}", {"txt": " ".join(rng.choices(PROSE, k=4)).encode()})
-    write_haystacks(root / "haystacks", PROSE, 60, (10, 120), needles=2)
-    tokenizer = Tokenizer.train([*PROSE, *haystacks(PROSE, 50, (5, 20), 4, 1)], 800)
+    write_haystacks(root / "haystacks", PROSE, 60, (10, 120), spacing=40)
+    tokenizer = Tokenizer.train([*PROSE, *haystacks(PROSE, 50, (5, 20), 5, 1)], 800)
     torch.manual_seed(0)
     config = TransformerConfig(
         dim=32, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=64, vocab_size=tokenizer.vocab_size, max_seq_len=64
@@ -77,6 +78,22 @@ class Reader:
 
     def unembed(self, hidden):
         return hidden
+
+
+def test_every_hidden_password_is_asked_for_after_it():
+    sentence = r"(what is )?the password of (\w+)(?:\? the password of \2)? is (\w+)\."
+    lengths = []
+    for text in haystacks(PROSE, 40, (20, 200), 20, 0):
+        hidden, asked = {}, {}
+        for question, owner, password in re.findall(sentence, text):
+            if question:
+                assert hidden[owner] == password
+            (asked if question else hidden)[owner] = password
+        assert hidden == asked
+        words = len(re.sub(sentence, "", text).split())
+        assert len(hidden) == words // 20
+        lengths.append(words)
+    assert 20 <= min(lengths) < max(lengths) / 4 <= 50
 
 
 def test_haystacks_have_their_length_and_the_needle_at_its_depth(recipe, made):
