@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import heapq
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 
+from .permutation import permutation
 from .shards import Sample
 
 MAX_PERIOD = 1 << 16
@@ -97,8 +96,8 @@ class Mixture:
         drawn = self._drawn[source] + period * self._counts[source] + int(self._earlier[slot])
         length = len(self.readers[source])
         epoch, offset = divmod(drawn, length)
-        order = _permutation(seed, self.names[source], epoch, length)
-        return Place(source, epoch, int(order[(offset + shift) % length]))
+        order = permutation(length, seed, self.names[source], epoch)
+        return Place(source, epoch, order[(offset + shift) % length])
 
     def sample(self, position: int, seed: int, shift: int = 0) -> Sample:
         """The sample of a position; arguments as for `locate`."""
@@ -156,11 +155,3 @@ def _interleave(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         if drawn[source] < counts[source]:
             heapq.heappush(waiting, (drawn[source] * period // counts[source], source))
     return pattern, earlier
-
-
-@lru_cache(maxsize=64)
-def _permutation(seed: int, name: str, epoch: int, length: int) -> np.ndarray:
-    # numpy promises that the raw bits of a generator stay the same in later versions, not its permutations.
-    generator = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode()), epoch]))
-    order = np.argsort(generator.random_raw(length), kind="stable")
-    return order.astype(np.uint32) if length <= 1 << 32 else order

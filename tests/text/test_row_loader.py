@@ -93,7 +93,7 @@ def test_every_document_comes_once_before_any_comes_twice(shards):
     wanted = {sample[0]: len(sample) for sample in encode(of_loader.readers["web"][i] for i in range(700))}
     again = {number for number, length in lengths.items() if length == 2 * wanted[number]}
     assert all(lengths[number] in (wanted[number], 2 * wanted[number]) for number in wanted)
-    assert 90 < len(again) <= 200, "of the windows that were read ahead"
+    assert 90 < len(again) <= 300, "of the windows that were read ahead"
 
 
 def test_rows_are_nearly_full(shards):
