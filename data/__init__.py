@@ -1,7 +1,8 @@
 """Samples and shards: decoding, storing, mixing and loading. Knows no model."""
 
+from .bad_samples import BadSample, LoaderError
 from .dialogs import DialogError, Message, Part, dialog_sample, parse_dialog
-from .loader import BadSample, Loader, LoaderError
+from .loader import Loader
 from .media import Clip, MediaError, load_audio, load_image, load_video
 from .mixture import Mixture, Place
 from .packing import fill, pack

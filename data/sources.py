@@ -23,11 +23,14 @@ class SourceConfig:
         weight: share of the mixture relative to the other sources.
         name: belongs to the order of the samples. Default: the last folder and the file pattern of `shards`, so that
             the order is the same wherever the data lie; all of `shards` where two sources would have one name.
+        epochs: at most so many passes, 2.5 for instance; then the other sources go on with their weights, and where
+            none is left the data end. None: no limit.
     """
 
     shards: str
     weight: float = 1.0
     name: str = ""
+    epochs: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -53,20 +56,40 @@ def open_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    *,
+    drop_last: bool = False,
 ) -> Loader[Batch]:
-    """Opens the shards and mixes them; `batch_size` is this process's.
+    """Opens the shards and mixes them; `batch_size` is this process's, `drop_last` as in `Loader`.
 
     Raises:
-        ValueError: there are no sources.
+        ValueError: there are no sources, or `epochs` of one that hold no sample.
         ShardError: a pattern matches no shard, or a shard is broken.
     """
+    readers = open_sources(data)
+    weights = [source.weight for source in data.sources]
+    parts = [(*named, weight) for named, weight in zip(readers.items(), weights, strict=True)]
+    return Loader(
+        Mixture(parts, epochs=epoch_limits(data)),
+        collate,
+        batch_size,
+        drop_last=drop_last,
+        seed=data.seed,
+        rank=rank,
+        world_size=world_size,
+        on_bad=data.on_bad,
+    )
+
+
+def open_sources(data: DataConfig) -> dict[str, ShardReader]:
+    """A reader for each source, by name; errors as of `open_loader`."""
     if not data.sources:
         raise ValueError("data.sources is empty; name at least one set of shards")
-    named = zip(source_names(data.sources), data.sources, strict=True)
-    parts = [(name, ShardReader(source.shards), source.weight) for name, source in named]
-    return Loader(
-        Mixture(parts), collate, batch_size, seed=data.seed, rank=rank, world_size=world_size, on_bad=data.on_bad
-    )
+    return dict(zip(source_names(data.sources), (ShardReader(source.shards) for source in data.sources), strict=True))
+
+
+def epoch_limits(data: DataConfig) -> dict[str, float | None]:
+    """How many passes of each source there may be, by name."""
+    return dict(zip(source_names(data.sources), (source.epochs for source in data.sources), strict=True))
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:

@@ -30,9 +30,10 @@ class Meters:
 
     `metrics.jsonl` has a line for every `log_every` updates: "step" counts finished updates; "loss" and the
     objective's metrics are means (sum / count) over all processes since the line before; "lr" and "grad_norm"
-    (before clipping) are those of the last update; "tokens" (targets of the loss) and "samples" are totals of
-    the updates made, "tokens_per_second" is since the line before, without the time of checkpoints and evaluations.
-    Lines with "evaluation" hold what the evaluation hook found. Numbers that are not finite are null.
+    (before clipping) are those of the last update; "tokens" (targets of the loss) and "samples" (places in
+    micro-batches, also those that no sample filled) are totals of the updates made, "tokens_per_second" is since the
+    line before, without the time of checkpoints and evaluations. Lines with "evaluation" hold what the evaluation
+    hook found. Numbers that are not finite are null.
 
     Args:
         state: `state_dict()` of the checkpoint that the run goes on from; lines past its step are dropped.

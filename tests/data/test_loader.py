@@ -5,11 +5,13 @@ import multiprocessing
 import random
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
+from herdkit.data.bad_samples import LoaderError
 from herdkit.data.dialogs import dialog_sample
-from herdkit.data.loader import Loader, LoaderError
+from herdkit.data.loader import Loader
 from herdkit.data.media import MediaError
 from herdkit.data.mixture import Mixture
 from herdkit.data.shards import Sample, ShardReader, ShardWriter
@@ -108,6 +110,42 @@ def test_prefetched_batches_are_not_consumed():
     assert next(first) == RIGHT[6:9]
     first.close()
     second.close()
+
+
+def limited(end_of_a=17, end_of_b=23):
+    parts = [("a", source("a", 17), 1), ("b", source("b", 40), 2)]
+    return Mixture(parts, epochs={"a": end_of_a / 17, "b": end_of_b / 40})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 50])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_limited_sources_end_for_all_ranks_at_the_same_step(world_size, batch_size, prefetch):
+    options = {"batch_size": batch_size, "world_size": world_size, "prefetch": prefetch, "workers": 2}
+    order = [(position, limited().sample(position, 7).key) for position in range(40)]
+    ranks = [loader(limited(), rank=rank, **options) for rank in range(world_size)]
+    given = [take(one, 1000) for one in ranks]
+    assert {len(batches) for batches in given} == {-(-40 // (batch_size * world_size))}
+    steps = list(zip(*given, strict=True))
+    assert [item for step in steps for batch in step for item in batch or []] == order
+    last = [len(batch or []) for batch in steps[-1]]
+    assert max(last) - min(last) <= 1
+    assert all(len(batch) == batch_size for step in steps[:-1] for batch in step)
+    assert len({json.dumps(one.state_dict()) for one in ranks}) == 1
+    assert ranks[0].consumed == 40
+    for one in ranks:
+        with pytest.raises(StopIteration):
+            next(one)
+        one.close()
+    whole = [take(loader(limited(), rank=rank, drop_last=True, **options), 1000) for rank in range(world_size)]
+    count = 40 // (batch_size * world_size)
+    assert [[len(batch) for batch in batches] for batches in whole] == [[batch_size] * count] * world_size
+
+
+def test_a_state_of_other_limits_is_refused():
+    state = loader(limited()).state_dict()
+    with pytest.raises(LoaderError, match="sources"):
+        loader(limited(end_of_a=16)).load_state_dict(state)
 
 
 def endless_run(folder):
@@ -343,6 +381,22 @@ def test_the_order_does_not_depend_on_where_the_data_lie(tmp_path):
     same = [SourceConfig(shards=f"{folder}/cats/*.tar") for folder in ("a", "b")]
     assert source_names(same) == ["a/cats/*.tar", "b/cats/*.tar"]
     assert source_names([*same, SourceConfig(shards="c/cats/*.tar", name="mine")])[2] == "mine"
+
+
+def test_a_recipe_says_how_often_a_source_comes(tmp_path):
+    for name, count in [("a", 10), ("b", 4)]:
+        with ShardWriter(tmp_path / name / "%06d.tar", max_count=100) as writer:
+            for i in range(count):
+                writer.write(f"{name}{i}", {"txt": str(i)})
+    sources = [
+        SourceConfig(shards=str(tmp_path / "a" / "*.tar"), epochs=1.5, weight=2),
+        SourceConfig(shards=str(tmp_path / "b" / "*.tar"), epochs=2),
+    ]
+    given = flat(open_loader(DataConfig(sources=sources), keys, 5))
+    counts = Counter(key for _, key in given)
+    assert sum(counts.values()) == 23
+    assert sorted(counts[f"a{i}"] for i in range(10)) == [1] * 5 + [2] * 5
+    assert all(counts[f"b{i}"] == 2 for i in range(4))
 
 
 def test_a_recipe_says_what_happens_to_bad_samples(tmp_path):
