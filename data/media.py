@@ -58,7 +58,9 @@ _LIBAV_OPTIONS = {
 
 
 class MediaError(ValueError):
-    """A medium that cannot be decoded: "<file>: <reason>", one line."""
+    """A medium that cannot be decoded: "<file>: <reason>", one line. `source` is what was to be decoded."""
+
+    source: Any = None
 
     def __init__(self, name: str, reason: object):
         super().__init__(f"{name}: {' '.join(str(reason).split())}")
@@ -178,6 +180,16 @@ def load_audio(source: Source, sample_rate: int = 16_000) -> Tensor:
 @contextmanager
 def _opened(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
     """The source's name for errors, and a seekable binary file at its start that holds something."""
+    try:
+        with _file(source, kind) as (name, file):
+            yield name, _checked(file, name)
+    except MediaError as error:
+        error.source = source
+        raise
+
+
+@contextmanager
+def _file(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
     if isinstance(source, str | os.PathLike):
         name = os.fsdecode(source)
         try:
@@ -192,10 +204,10 @@ def _opened(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
         except OSError as error:
             raise MediaError(name, f"cannot open: {error.strerror}") from None
         with file:
-            yield name, _checked(file, name)
+            yield name, file
     elif isinstance(source, bytes | bytearray | memoryview):
         name = f"<{kind} of {len(source)} bytes>"
-        yield name, _checked(io.BytesIO(source), name)
+        yield name, io.BytesIO(source)
     elif hasattr(source, "read"):
         name = str(getattr(source, "name", f"<{kind} stream>"))
         if not (hasattr(source, "seekable") and source.seekable()):
@@ -205,7 +217,7 @@ def _opened(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
             source = io.BytesIO(content)
         elif isinstance(source, io.TextIOBase):
             raise MediaError(name, "must be opened in binary mode")
-        yield name, _checked(source, name)
+        yield name, source
     else:
         raise TypeError(f"{kind}: expected a path, bytes or a binary file, not {type(source).__name__}")
 

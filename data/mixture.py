@@ -89,6 +89,8 @@ class Mixture:
         left = [max(0, limit - n) for limit, n in zip(self._limits, before, strict=True) if limit is not None]
         self.end = sum(left) if len(left) == len(sources) else None
         """How many positions there are; None: without end."""
+        self.before = sum(before)
+        """Draws before position 0."""
 
     def drawn(self, position: int) -> dict[str, int]:
         """How often each source has been drawn before a position, by name."""

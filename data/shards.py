@@ -24,6 +24,14 @@ from webdataset.writer import TarWriter
 from .shard_index import INDEX_SUFFIX, MEMBER, META, ShardError, ShardIndex, load_index
 
 
+class MemberError(ShardError):
+    """A member of a sample, by its extension, that is missing or is not what it should be."""
+
+    def __init__(self, message: str, member: str):
+        super().__init__(message)
+        self.member = member
+
+
 @dataclass
 class Sample:
     """One sample of a shard.
@@ -42,27 +50,30 @@ class Sample:
         """A member as UTF-8.
 
         Raises:
-            ShardError: there is no such member, or it is not UTF-8.
+            MemberError: there is no such member, or it is not UTF-8.
         """
         if extension not in self.members:
             found = ", ".join(self.members)
-            raise ShardError(f"{self.shard}: sample {self.key}: no member '{extension}'; its members are {found}")
+            message = f"{self.shard}: sample {self.key}: no member '{extension}'; its members are {found}"
+            raise MemberError(message, extension)
         try:
             return self.members[extension].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ShardError(f"{self.shard}: sample {self.key}.{extension}: not UTF-8: {error}") from error
+            message = f"{self.shard}: sample {self.key}.{extension}: not UTF-8: {error}"
+            raise MemberError(message, extension) from error
 
     def json(self, extension: str = "json") -> Any:
         """A member as JSON.
 
         Raises:
-            ShardError: there is no such member, or it is not JSON.
+            MemberError: there is no such member, or it is not JSON.
         """
         text = self.text(extension)
         try:
             return json.loads(text)
-        except ValueError as error:
-            raise ShardError(f"{self.shard}: sample {self.key}.{extension}: not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # the latter where brackets are nested by the thousand
+            message = f"{self.shard}: sample {self.key}.{extension}: not JSON: {error}"
+            raise MemberError(message, extension) from error
 
 
 class ShardWriter:

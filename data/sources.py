@@ -41,13 +41,16 @@ class DataConfig:
         sources: mixed by weight, exactly at every prefix.
         seed: of the order.
         row_length: tokens of a row at most.
-        on_bad: "raise" stops at a bad sample and names it, "skip" logs it and goes on.
+        on_bad: "raise" stops at a bad sample and names it, "skip" leaves it out, logs it and goes on.
+        max_bad: with "skip", at most so many bad samples over all processes, or, below 1, such a share of the samples
+            consumed (of the first thousand until those are); then the run stops. None: any number.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
     seed: int = 0
     row_length: int = 2048
     on_bad: Literal["raise", "skip"] = "raise"
+    max_bad: float | None = None
 
 
 def open_loader(
@@ -77,6 +80,7 @@ def open_loader(
         rank=rank,
         world_size=world_size,
         on_bad=data.on_bad,
+        max_bad=data.max_bad,
     )
 
 

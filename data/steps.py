@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, Required, TypedDict, TypeVar
 
 import torch
 
-from .bad_samples import BadSample, LoaderError
+from .bad_samples import BadSample, LoaderError, check_budget
 from .mixture import Mixture
 from .shards import Sample
 
@@ -37,8 +37,12 @@ class LoaderOptions(TypedDict, total=False):
         rank, world_size: this process among those that share the order.
         prefetch: batches prepared ahead; 0 prepares each when it is asked for, without threads. Default: 2.
         workers: threads; decoding and resizing release Python's lock. Default: 1.
-        on_bad: "raise", the default, stops with a `LoaderError` that names the sample. "skip" logs and counts it in
-            `bad` and gives its place to the next good one of its source's pass, so that ranks stay in step.
+        on_bad: "raise", the default, stops with a `LoaderError` that names the sample. "skip" logs it, puts it into
+            `bad` and leaves it out, so that the batch is smaller. Where nothing of the batch would be left, the next
+            good sample of the source's pass takes the place, so that ranks stay in step; it comes again in its turn.
+        max_bad: with "skip", at most so many bad samples, or, below 1, such a share of the samples consumed (of the
+            first thousand until those are); then a `LoaderError` that lists the last ones. It counts what `bad_count`
+            does. Default: any number.
     """
 
     seed: Required[int]
@@ -47,6 +51,7 @@ class LoaderOptions(TypedDict, total=False):
     prefetch: int
     workers: int
     on_bad: Literal["raise", "skip"]
+    max_bad: float | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class StepLoader(ABC, Generic[Batch]):
         prefetch: int = 2,
         workers: int = 1,
         on_bad: Literal["raise", "skip"] = "raise",
+        max_bad: float | None = None,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be within 0 .. {world_size - 1}, not {rank}")
@@ -109,11 +115,15 @@ class StepLoader(ABC, Generic[Batch]):
             raise ValueError(f"seed must be at least 0, not {seed}")
         if on_bad not in ("raise", "skip"):
             raise ValueError(f"on_bad must be 'raise' or 'skip', not {on_bad!r}")
+        if max_bad is not None and (max_bad < 0 or on_bad == "raise"):
+            raise ValueError(f"max_bad must be at least 0, and on_bad 'skip', not {max_bad} and {on_bad!r}")
         self.mixture, self.collate = mixture, collate
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.prefetch, self.workers, self.on_bad = prefetch, workers, on_bad
+        self.prefetch, self.workers, self.on_bad, self.max_bad = prefetch, workers, on_bad, max_bad
         self.bad: list[BadSample] = []
-        """The samples skipped in the batches given out, by this rank since it started."""
+        """The samples left out of the batches handed out, by this rank since it started."""
+        self.bad_elsewhere = 0
+        """How many were left out before, by the state loaded. Who hears of other ranks' adds those."""
         self._executor: ThreadPoolExecutor | None = None
         self._stream: Generator[Prepared[Batch]] | None = None
 
@@ -125,6 +135,11 @@ class StepLoader(ABC, Generic[Batch]):
     def consumed(self) -> int:
         """Samples of the global order that batches given out by all ranks have taken."""
         return self.place["consumed"]
+
+    @property
+    def bad_count(self) -> int:
+        """Bad samples of the run, as far as this rank knows: its own and those `bad_elsewhere`."""
+        return len(self.bad) + self.bad_elsewhere
 
     def __iter__(self) -> Iterator[Batch | None]:
         return self
@@ -164,15 +179,18 @@ class StepLoader(ABC, Generic[Batch]):
                 future.cancel()
 
     def hand_out(self, ready: Prepared[Batch]) -> None:
-        """Counts a step as handed out."""
+        """Counts a step as handed out, unless that is one bad sample too many."""
         for sample in ready.bad:
-            logger.warning("skipped %s", sample)
+            logger.warning("left out %s", sample)
+        count, consumed = self.bad_count + len(ready.bad), self.mixture.before + ready.after["consumed"]
+        check_budget(self.max_bad, count, consumed, self.bad[-5:] + ready.bad)
         self.bad += ready.bad
         self.place = ready.after
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch given out, as plain JSON; the same on every rank."""
-        return {**self.place, "seed": self.seed, "sources": self.mixture.describe()}
+        """The state after the last batch handed out, as plain JSON; the same on every rank, but for the bad samples
+        of other ranks that this one has not heard of."""
+        return {**self.place, "bad": self.bad_count, "seed": self.seed, "sources": self.mixture.describe()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the state was taken, also with another number of ranks or another batch size.
@@ -185,6 +203,7 @@ class StepLoader(ABC, Generic[Batch]):
                 raise LoaderError(f"the state was taken with {name} {state[name]}, but the loader has {mine}")
         self._drop_ahead()
         self.place = {name: int(state[name]) for name in self.place}
+        self.bad, self.bad_elsewhere = [], int(state["bad"])
 
     def close(self) -> None:
         """Ends the threads. Asking for another batch starts them again."""
@@ -215,26 +234,32 @@ class StepLoader(ABC, Generic[Batch]):
             samples = [(position, self.mixture.sample(position, self.seed)) for position in step.positions]
             return Prepared(self.collate(samples), [], step.after)
         except ValueError as error:
-            good: list[tuple[int, Sample]] = []
-            bad: list[BadSample] = []
-            for position in step.positions:
-                good.append(self._first_good(position, bad))
+            tried = [self._try(position) for position in step.positions]
+            bad = [one for one in tried if isinstance(one, BadSample)]
+            good = [one for one in tried if not isinstance(one, BadSample)]
             if not bad:
                 raise  # each sample is fine, so it is the batch that is not
             if self.on_bad == "raise":
                 raise LoaderError(str(bad[0])) from error
+            if not good:
+                good = [self._stand_in(step.positions[0], bad)]
             return Prepared(self.collate(good), bad, step.after)
 
-    def _first_good(self, position: int, bad: list[BadSample]) -> tuple[int, Sample]:
-        for shift in range(MAX_CONSECUTIVE_BAD):
-            shard, key = "", ""
-            try:
-                sample = self.mixture.sample(position, self.seed, shift)
-                shard, key = sample.shard, sample.key
-                self.collate([(position, sample)])
-                return position, sample
-            except ValueError as error:
-                place = self.mixture.locate(position, self.seed, shift)
-                shard, key = shard or self.mixture.names[place.source], key or str(place.index)
-                bad.append(BadSample(position, shard, key, str(error)))
+    def _try(self, position: int, shift: int = 0) -> tuple[int, Sample] | BadSample:
+        """The sample of a position, if it can be collated alone; `shift` as in `Mixture.locate`."""
+        place = self.mixture.locate(position, self.seed, shift)
+        sample = Sample(str(place.index), self.mixture.names[place.source], {})
+        try:
+            sample = self.mixture.readers[place.source][place.index]
+            self.collate([(position, sample)])
+        except ValueError as error:
+            return BadSample.of(position, sample, error)
+        return position, sample
+
+    def _stand_in(self, position: int, bad: list[BadSample]) -> tuple[int, Sample]:
+        for shift in range(1, MAX_CONSECUTIVE_BAD):
+            tried = self._try(position, shift)
+            if not isinstance(tried, BadSample):
+                return tried
+            bad.append(tried)
         raise LoaderError(f"{MAX_CONSECUTIVE_BAD} bad samples in a row, the last: {bad[-1]}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from ..data.bad_samples import BadSample, LoaderError
 from ..data.loader import Loader
 from ..data.mixture import Mixture
 from ..data.packing import pack
@@ -180,6 +181,16 @@ class RowLoader:
         """Documents read for what has been given out, those of the window at hand included."""
         return sum(self._drawn_so_far().values())
 
+    @property
+    def bad(self) -> list[BadSample]:
+        """The documents left out since the loader started, which are the same on every process."""
+        return self._windows.bad
+
+    @property
+    def bad_count(self) -> int:
+        """How many were left out in the whole run."""
+        return self._windows.bad_count
+
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON, the same on every rank: how to read the window at hand ("phase" is the one that it was read in),
         and how many of its rows have been given out in that phase and in each that has begun since."""
@@ -189,6 +200,7 @@ class RowLoader:
             "phase": self._read_in,
             "drawn": self._drawn,
             "window": self._before,
+            "window_size": self.window,
             "given": list(self._given),
         }
 
@@ -196,14 +208,17 @@ class RowLoader:
         """Goes on where the state was taken, also with another number of processes.
 
         Raises:
-            LoaderError: the seed or the sources differ.
+            LoaderError: the seed, the sources or the window differ.
         """
+        if state["window_size"] != self.window:
+            raise LoaderError(f"the state was taken with windows of {state['window_size']}, not {self.window}")
         self.step, self.micro = state["step"], state["micro"]
         self._open(state["phase"], state["drawn"])
         self._windows.load_state_dict(state["window"])
         self._before = state["window"]
         if state["given"] != [0]:
             self._read_window()
+            self._windows.bad, self._windows.bad_elsewhere = [], self._windows.bad_count  # reported when first read
         for number, given in enumerate(state["given"]):
             if number > 0:
                 self._begin(self._read_in + number)
@@ -214,7 +229,9 @@ class RowLoader:
 
     def _open(self, number: int, drawn: dict[str, int]) -> None:
         """Begins to read in a phase, at the documents that follow those drawn."""
+        bad = ([], 0)
         if hasattr(self, "_windows"):
+            bad = self._windows.bad, self._windows.bad_elsewhere
             self._windows.close()
         phase = self.phases[number]
         parts = [(name, reader, phase.weights[name]) for name, reader in self.readers.items() if phase.weights[name]]
@@ -226,7 +243,9 @@ class RowLoader:
             seed=self.data.seed,
             prefetch=1,
             on_bad=self.data.on_bad,
+            max_bad=self.data.max_bad,
         )
+        self._windows.bad, self._windows.bad_elsewhere = bad
         self._read_in, self._drawn = number, drawn
         self._before = self._windows.state_dict()
         self._rows: list[list[Document]] = []

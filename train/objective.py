@@ -39,6 +39,9 @@ class Loader(Protocol):
     them a process for which no sample is left gets None: it takes part in the update with no loss and no targets. An
     objective that speaks to other processes by itself cannot do that; its loader drops an incomplete last step.
 
+    A loader that leaves out bad samples keeps them in a list `bad`, as dataclasses, and their number in the whole run
+    in `bad_count`; the trainer adds those of other processes to its `bad_elsewhere`.
+
     `state_dict` describes what was consumed (not what was fetched ahead), the same on every process, in plain
     JSON values; after `load_state_dict` of it a new iterator yields the batches that follow.
     """

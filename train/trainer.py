@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, parallel
+from .bad_samples import BadSampleLog
 from .config import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, as_dict
 from .files import finite, write_json
 from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, freeze_table, set_modes
@@ -79,7 +80,8 @@ def train(
     Returns:
         The content of result.json: "description", "steps", "samples", "tokens", "wall_seconds" (over all
         starts), "parameters", "trained_parameters", "last" (last line of the log), "mean" (loss and metrics
-        over the run), "evaluation", "skipped_steps", "empty_steps", "peak_memory_bytes".
+        over the run), "evaluation", "skipped_steps", "empty_steps", "bad_samples" (left out, see
+        bad_samples.jsonl), "peak_memory_bytes".
 
     Raises:
         ValueError: a config does not fit the model or the processes.
@@ -160,6 +162,7 @@ class _Run:
         self.guard = Guard(self.config.non_finite, **saved.get("guard", {}))
         self.guard.last_good = newest
         self.meters = Meters(self.run_dir, self.step, saved.get("meters"))
+        self.bad_samples = BadSampleLog(self.run_dir, self.loader, self.step)
         self.progress.first = self.step
 
     def _restore(self, path: Path, saved: dict[str, Any]) -> None:
@@ -200,6 +203,7 @@ class _Run:
                 stopping = self._update(batches, wish)
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
+                    self.bad_samples.collect(self.step)
                     self.meters.log(self.step, self.lr, self.norm, self.guard.skipped)
                 if last or self.progress.due():
                     self.progress.update(self.step, self.meters.status())
@@ -265,6 +269,7 @@ class _Run:
 
     def _save(self) -> None:
         with self.meters.pause():
+            self.bad_samples.collect(self.step)
             state = {
                 "step": self.step,
                 "random": parallel.gather(capture_random()),
@@ -307,6 +312,7 @@ class _Run:
             "evaluation": self.evaluation,
             "skipped_steps": self.guard.skipped,
             "empty_steps": self.guard.empty,
+            "bad_samples": getattr(self.loader, "bad_count", 0),
             "peak_memory_bytes": self.meters.peak_memory,
         }
         result = parallel.on_first(lambda: finite(result))

@@ -145,6 +145,39 @@ def test_phases_that_begin_within_a_window_resume_exactly(shards):
     second.close()
 
 
+def test_bad_documents_are_left_out_and_counted_once(shards):
+    def fussy(samples):
+        if any(sample.key.endswith("7") for sample in samples):
+            raise ValueError("sevens are broken")
+        return encode(samples)
+
+    data = limited(shards)
+    data.on_bad = "skip"
+    planned = plan_phases(SHRINKING, TRAINER, data)
+    options = {"window": 150, "world_size": 2}
+    ranks = [RowLoader(data, planned, fussy, PAD, rank=rank, **options) for rank in range(2)]
+    batches = [next(one) for _ in range(30) for one in ranks]
+    state = json.loads(json.dumps(ranks[0].state_dict()))
+    before = list(ranks[0].bad)
+    assert ranks[1].bad == before
+    again = RowLoader(data, planned, fussy, PAD, window=150)
+    again.load_state_dict(state)
+    assert again.bad == []
+    assert again.bad_count == len(before) > 10
+    batches += list(again)
+    assert {(bad.key, "web" in bad.shard) for bad in [*before, *again.bad]} == {
+        (f"{i:04d}", web) for web, count in ((True, 700), (False, 300)) for i in range(7, count, 10)
+    }
+    assert again.bad_count == 100
+    wanted = lengths_of(shards, {"web": 1, "code": 1})
+    wanted = {number: length for number, length in wanted.items() if number % 10 != 8}  # tokens are numbers plus one
+    found = counted(batches)
+    assert {number: length for number, length in found.items() if number and length} == wanted
+    data.max_bad = 50
+    with pytest.raises(LoaderError, match="more than max_bad 50 allows"):
+        list(RowLoader(data, planned, fussy, PAD, window=150))
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_all_processes_end_at_the_same_step(shards, world_size):
     data = limited(shards)
@@ -192,6 +225,8 @@ def test_a_state_of_other_sources_is_refused(shards):
     other = loader(shards, data=config(shards, seed=4))
     with pytest.raises(LoaderError, match="seed"):
         other.load_state_dict(state)
+    with pytest.raises(LoaderError, match="windows of 200, not 100"):
+        loader(shards, window=100).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
