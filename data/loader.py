@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Unpack
 
 from .mixture import Mixture
-from .steps import Batch, Collate, LoaderOptions, Step, StepLoader
+from .steps import Batch, Begin, Collate, LoaderOptions, Step, StepLoader
 
 
 class Loader(StepLoader[Batch]):
@@ -44,7 +44,7 @@ class Loader(StepLoader[Batch]):
         self.batch_size, self.drop_last = batch_size, drop_last
         self.place = {"consumed": 0}
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self, begin: Begin) -> Iterator[Step]:
         start, end = self.consumed, self.mixture.end
         while end is None or start < end:
             count = self.batch_size * self.world_size

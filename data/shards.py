@@ -250,6 +250,12 @@ class ShardReader:
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
 
+    def size(self, position: int) -> int:
+        """The bytes of a sample's members, from the index alone."""
+        shard = bisect_right(self._ends, position)
+        index, number = self._indexes[shard], position - (self._ends[shard - 1] if shard else 0)
+        return sum(index.sizes[index.starts[number] : index.starts[number + 1]])
+
 
 def _encoded(value: object, where: str) -> bytes:
     if isinstance(value, bytes | bytearray | memoryview):

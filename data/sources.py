@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from .buckets import BucketConfig, BucketLoader, Lengths
 from .loader import Loader
 from .mixture import Mixture
 from .shards import Sample, ShardReader
+from .steps import LoaderOptions, StepLoader
 
 Batch = TypeVar("Batch")
 
@@ -44,6 +46,8 @@ class DataConfig:
         on_bad: "raise" stops at a bad sample and names it, "skip" leaves it out, logs it and goes on.
         max_bad: with "skip", at most so many bad samples over all processes, or, below 1, such a share of the samples
             consumed (of the first thousand until those are); then the run stops. None: any number.
+        bucket: batches of samples of like length within a budget, in place of so many samples each; `batch_size` of the
+            trainer then says nothing but what is logged as samples. None: without.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -51,6 +55,7 @@ class DataConfig:
     row_length: int = 2048
     on_bad: Literal["raise", "skip"] = "raise"
     max_bad: float | None = None
+    bucket: BucketConfig | None = None
 
 
 def open_loader(
@@ -60,28 +65,33 @@ def open_loader(
     rank: int = 0,
     world_size: int = 1,
     *,
+    lengths: Lengths | None = None,
     drop_last: bool = False,
-) -> Loader[Batch]:
-    """Opens the shards and mixes them; `batch_size` is this process's, `drop_last` as in `Loader`.
+) -> StepLoader[Batch]:
+    """Opens the shards and mixes them; `batch_size` is this process's, `drop_last` as in `Loader`, `lengths` as in
+    `BucketLoader`.
 
     Raises:
-        ValueError: there are no sources, or `epochs` of one that hold no sample.
+        ValueError: there are no sources, or `epochs` of one that hold no sample; `data.bucket` is given and `lengths`
+            is not.
         ShardError: a pattern matches no shard, or a shard is broken.
     """
     readers = open_sources(data)
     weights = [source.weight for source in data.sources]
     parts = [(*named, weight) for named, weight in zip(readers.items(), weights, strict=True)]
-    return Loader(
-        Mixture(parts, epochs=epoch_limits(data)),
-        collate,
-        batch_size,
-        drop_last=drop_last,
-        seed=data.seed,
-        rank=rank,
-        world_size=world_size,
-        on_bad=data.on_bad,
-        max_bad=data.max_bad,
-    )
+    mixture = Mixture(parts, epochs=epoch_limits(data))
+    options: LoaderOptions = {
+        "seed": data.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "on_bad": data.on_bad,
+        "max_bad": data.max_bad,
+    }
+    if data.bucket is None:
+        return Loader(mixture, collate, batch_size, drop_last=drop_last, **options)
+    if lengths is None and data.bucket.by == "length":
+        raise ValueError("data.bucket: this stage measures no lengths of its samples; set data.bucket.by to bytes")
+    return BucketLoader(mixture, collate, data.bucket, lengths, drop_last=drop_last, **options)
 
 
 def open_sources(data: DataConfig) -> dict[str, ShardReader]:

@@ -10,8 +10,9 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, Literal, Required, TypedDict, TypeVar
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 Collate = Callable[[list[tuple[int, Sample]]], Batch]
+Begin = Callable[..., Callable[[], Any]]
+"""Called with a function and its arguments, it lets the function begin, in a thread or not until its result is wanted,
+and returns what waits for that."""
 
 MAX_CONSECUTIVE_BAD = 100
 
@@ -60,19 +64,25 @@ class Step:
 
     Args:
         after: the place of the order once every rank has had its part.
+        bad: samples that are known to be bad already, and have no position here.
+        failure: raised in place of a batch.
+        idle: no rank gets a batch; the step only tells of bad samples, and nobody is given anything.
     """
 
     positions: Sequence[int]
     after: dict[str, int]
+    bad: Sequence[BadSample] = ()
+    failure: Exception | None = None
+    idle: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared(Generic[Batch]):
     """A step whose batch is ready; `batch` is None where the step has no positions."""
 
+    step: Step
     batch: Batch | None
     bad: list[BadSample]
-    after: dict[str, int]
 
 
 class StepLoader(ABC, Generic[Batch]):
@@ -128,8 +138,12 @@ class StepLoader(ABC, Generic[Batch]):
         self._stream: Generator[Prepared[Batch]] | None = None
 
     @abstractmethod
-    def steps(self) -> Iterator[Step]:
-        """The steps of this rank that follow `place`."""
+    def steps(self, begin: Begin) -> Iterator[Step]:
+        """The steps of this rank that follow `place`; `begin` is for what can be prepared for later ones."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, as plain JSON."""
+        return {"seed": self.seed, "sources": self.mixture.describe()}
 
     @property
     def consumed(self) -> int:
@@ -148,12 +162,14 @@ class StepLoader(ABC, Generic[Batch]):
         if self._stream is None:
             self._stream = self.prepared(self.prefetch)
         try:
-            ready = next(self._stream)
-            self.hand_out(ready)
+            while True:
+                ready = next(self._stream)
+                self.hand_out(ready)
+                if not ready.step.idle:
+                    return ready.batch
         except BaseException:
             self._drop_ahead()
             raise
-        return ready.batch
 
     def prepared(self, prefetch: int, first: int = 0, every: int = 1) -> Generator[Prepared[Batch]]:
         """What follows `place`, none of it counted as handed out yet.
@@ -162,35 +178,28 @@ class StepLoader(ABC, Generic[Batch]):
             prefetch: steps prepared ahead in threads; 0: none, and no threads.
             first, every: only each so many-th step, for one of several processes that prepare in turn.
         """
-        steps = islice(self.steps(), first, None, every)
-        if prefetch == 0:
-            yield from map(self._prepare, steps)
-            return
-        ahead: deque[Future[Prepared[Batch]]] = deque()
-        try:
-            for step in steps:
-                ahead.append(self._threads().submit(self._prepare, step))
-                if len(ahead) > prefetch:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+        begin: Begin = self._in_thread if prefetch else partial
+        ahead: deque[Callable[[], Prepared[Batch]]] = deque()
+        for step in islice(self.steps(begin), first, None, every):
+            ahead.append(begin(self._prepare, step))
+            if len(ahead) > prefetch:
+                yield ahead.popleft()()
+        while ahead:
+            yield ahead.popleft()()
 
     def hand_out(self, ready: Prepared[Batch]) -> None:
         """Counts a step as handed out, unless that is one bad sample too many."""
         for sample in ready.bad:
             logger.warning("left out %s", sample)
-        count, consumed = self.bad_count + len(ready.bad), self.mixture.before + ready.after["consumed"]
+        count, consumed = self.bad_count + len(ready.bad), self.mixture.before + ready.step.after["consumed"]
         check_budget(self.max_bad, count, consumed, self.bad[-5:] + ready.bad)
         self.bad += ready.bad
-        self.place = ready.after
+        self.place = ready.step.after
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch handed out, as plain JSON; the same on every rank, but for the bad samples
         of other ranks that this one has not heard of."""
-        return {**self.place, "bad": self.bad_count, "seed": self.seed, "sources": self.mixture.describe()}
+        return {**self.place, "bad": self.bad_count, **self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the state was taken, also with another number of ranks or another batch size.
@@ -198,9 +207,9 @@ class StepLoader(ABC, Generic[Batch]):
         Raises:
             LoaderError: the seed or the sources differ, so that the order would be another one.
         """
-        for name, mine in (("seed", self.seed), ("sources", self.mixture.describe())):
-            if state[name] != mine:
-                raise LoaderError(f"the state was taken with {name} {state[name]}, but the loader has {mine}")
+        for name, mine in self.identity().items():
+            if (theirs := state.get(name)) != mine:
+                raise LoaderError(f"the state was taken with {name} {theirs}, but the loader has {mine}")
         self._drop_ahead()
         self.place = {name: int(state[name]) for name in self.place}
         self.bad, self.bad_elsewhere = [], int(state["bad"])
@@ -217,7 +226,7 @@ class StepLoader(ABC, Generic[Batch]):
             self._stream.close()
             self._stream = None
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         if self._executor is None:
             # Workers must not compete with the model for its cores. torch keeps the number for each thread,
             # but a thread that has not asked yet would take over what another one sets.
@@ -225,16 +234,18 @@ class StepLoader(ABC, Generic[Batch]):
             self._executor = ThreadPoolExecutor(
                 self.workers, "herdkit-loader", initializer=torch.set_num_threads, initargs=(1,)
             )
-        return self._executor
+        return self._executor.submit(function, *arguments).result
 
     def _prepare(self, step: Step) -> Prepared[Batch]:
+        if step.failure is not None:
+            raise step.failure
         if not step.positions:
-            return Prepared(None, [], step.after)
+            return Prepared(step, None, list(step.bad))
         try:
             samples = [(position, self.mixture.sample(position, self.seed)) for position in step.positions]
-            return Prepared(self.collate(samples), [], step.after)
+            return Prepared(step, self.collate(samples), list(step.bad))
         except ValueError as error:
-            tried = [self._try(position) for position in step.positions]
+            tried = [self._collated(position) for position in step.positions]
             bad = [one for one in tried if isinstance(one, BadSample)]
             good = [one for one in tried if not isinstance(one, BadSample)]
             if not bad:
@@ -243,22 +254,27 @@ class StepLoader(ABC, Generic[Batch]):
                 raise LoaderError(str(bad[0])) from error
             if not good:
                 good = [self._stand_in(step.positions[0], bad)]
-            return Prepared(self.collate(good), bad, step.after)
+            return Prepared(step, self.collate(good), [*step.bad, *bad])
 
-    def _try(self, position: int, shift: int = 0) -> tuple[int, Sample] | BadSample:
-        """The sample of a position, if it can be collated alone; `shift` as in `Mixture.locate`."""
+    def try_sample(self, position: int, check: Callable[[Sample], object], shift: int = 0) -> Sample | BadSample:
+        """The sample of a position, if it can be read and the check raises no `ValueError`; `shift` as in
+        `Mixture.locate`."""
         place = self.mixture.locate(position, self.seed, shift)
         sample = Sample(str(place.index), self.mixture.names[place.source], {})
         try:
             sample = self.mixture.readers[place.source][place.index]
-            self.collate([(position, sample)])
+            check(sample)
         except ValueError as error:
             return BadSample.of(position, sample, error)
-        return position, sample
+        return sample
+
+    def _collated(self, position: int, shift: int = 0) -> tuple[int, Sample] | BadSample:
+        tried = self.try_sample(position, lambda sample: self.collate([(position, sample)]), shift)
+        return tried if isinstance(tried, BadSample) else (position, tried)
 
     def _stand_in(self, position: int, bad: list[BadSample]) -> tuple[int, Sample]:
         for shift in range(1, MAX_CONSECUTIVE_BAD):
-            tried = self._try(position, shift)
+            tried = self._collated(position, shift)
             if not isinstance(tried, BadSample):
                 return tried
             bad.append(tried)

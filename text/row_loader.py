@@ -152,6 +152,8 @@ class RowLoader:
     ):
         for phase in phases:
             phase.micro_batch_size(world_size)
+        if data.bucket is not None:
+            raise ValueError("data.bucket: documents are packed into rows of one length; leave it out")
         self.data, self.phases, self.encode, self.pad_id, self.window = data, phases, encode, pad_id, window
         self.rank, self.world_size = rank, world_size
         self.readers = open_sources(data)
