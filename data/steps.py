@@ -143,7 +143,7 @@ class StepLoader(ABC, Generic[Batch]):
 
     def identity(self) -> dict[str, Any]:
         """What the order depends on, as plain JSON."""
-        return {"seed": self.seed, "sources": self.mixture.describe()}
+        return {"seed": self.seed, "sources": self.mixture.describe(), "bucket": None}
 
     @property
     def consumed(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from herdkit.data.bad_samples import LoaderError
 from herdkit.data.buckets import BucketConfig, BucketLoader, within_budget
+from herdkit.data.loader import Loader
 from herdkit.data.mixture import Mixture
 from herdkit.data.shards import Sample, ShardReader, ShardWriter
 from herdkit.data.sources import DataConfig, SourceConfig, open_loader
@@ -159,6 +160,10 @@ def test_an_endless_mixture_goes_on():
 def test_a_state_of_other_buckets_is_refused(changes):
     with pytest.raises(LoaderError, match="bucket"):
         loader(replace(BUCKET, **changes)).load_state_dict(loader().state_dict())
+    plain = Loader(mixture(), keys, 3, seed=5)
+    for state, other in ((plain.state_dict(), loader()), (loader().state_dict(), plain)):
+        with pytest.raises(LoaderError, match="bucket"):
+            other.load_state_dict(state)
 
 
 BAD = {"a3": "cannot be measured", "a4": "cannot be collated", "b7": "is too long"}
