@@ -66,7 +66,7 @@ class Mixture:
         self,
         sources: Sequence[tuple[str, Source, float]],
         drawn: Mapping[str, int] | None = None,
-        epochs: Mapping[str, float | None] | None = None,
+        epochs: Mapping[str, float | Fraction | None] | None = None,
     ):
         if not sources:
             raise ValueError("a mixture needs at least one source")
@@ -181,7 +181,7 @@ def _start(segment: _Segment) -> int:
     return segment.start
 
 
-def _limit(epochs: float | None, length: int, name: str) -> int | None:
+def _limit(epochs: float | Fraction | None, length: int, name: str) -> int | None:
     """The most draws of a source of so many samples."""
     if epochs is None:
         return None

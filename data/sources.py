@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Unpack
 
 from .buckets import BucketConfig, BucketLoader, Lengths
 from .loader import Loader
-from .mixture import Mixture
-from .shards import Sample, ShardReader
-from .steps import LoaderOptions, StepLoader
-
-Batch = TypeVar("Batch")
+from .mixture import Mixture, Source
+from .shards import ShardReader
+from .steps import Batch, Collate, LoaderOptions, StepLoader
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,10 @@ class SourceConfig:
     weight: float = 1.0
     name: str = ""
     epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise ValueError(f"epochs must be above 0, not {self.epochs}")
 
 
 @dataclass(kw_only=True)
@@ -60,7 +64,7 @@ class DataConfig:
 
 def open_loader(
     data: DataConfig,
-    collate: Callable[[list[tuple[int, Sample]]], Batch],
+    collate: Collate[Batch],
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -72,26 +76,12 @@ def open_loader(
     `BucketLoader`.
 
     Raises:
-        ValueError: there are no sources, or `epochs` of one that hold no sample; `data.bucket` is given and `lengths`
-            is not.
+        ValueError: there are no sources, or `epochs` of one that hold no sample; `data.bucket` needs lengths and the
+            stage gives none.
         ShardError: a pattern matches no shard, or a shard is broken.
     """
-    readers = open_sources(data)
-    weights = [source.weight for source in data.sources]
-    parts = [(*named, weight) for named, weight in zip(readers.items(), weights, strict=True)]
-    mixture = Mixture(parts, epochs=epoch_limits(data))
-    options: LoaderOptions = {
-        "seed": data.seed,
-        "rank": rank,
-        "world_size": world_size,
-        "on_bad": data.on_bad,
-        "max_bad": data.max_bad,
-    }
-    if data.bucket is None:
-        return Loader(mixture, collate, batch_size, drop_last=drop_last, **options)
-    if lengths is None and data.bucket.by == "length":
-        raise ValueError("data.bucket: this stage measures no lengths of its samples; set data.bucket.by to bytes")
-    return BucketLoader(mixture, collate, data.bucket, lengths, drop_last=drop_last, **options)
+    mixture = mix(data, open_sources(data))
+    return build_loader(data, mixture, collate, batch_size, lengths, drop_last, rank=rank, world_size=world_size)
 
 
 def open_sources(data: DataConfig) -> dict[str, ShardReader]:
@@ -101,9 +91,38 @@ def open_sources(data: DataConfig) -> dict[str, ShardReader]:
     return dict(zip(source_names(data.sources), (ShardReader(source.shards) for source in data.sources), strict=True))
 
 
-def epoch_limits(data: DataConfig) -> dict[str, float | None]:
+def mix(data: DataConfig, readers: Mapping[str, Source], turn: int = 0) -> Mixture:
+    """The sources of `data`, opened, as a mixture. Where all are limited, turn 0 draws each as often as it may, and
+    every later turn goes on from where the one before ended."""
+    limits = epoch_limits(data)
+    weights = [source.weight for source in data.sources]
+    parts = [(*named, weight) for named, weight in zip(readers.items(), weights, strict=True)]
+    drawn = {name: int((limit or 0) * turn * len(readers[name])) for name, limit in limits.items()}
+    return Mixture(parts, drawn, {name: limit and limit * (turn + 1) for name, limit in limits.items()})
+
+
+def build_loader(
+    data: DataConfig,
+    mixture: Mixture,
+    collate: Collate[Batch],
+    batch_size: int,
+    lengths: Lengths | None = None,
+    drop_last: bool = False,
+    **options: Unpack[LoaderOptions],
+) -> StepLoader[Batch]:
+    """The loader of a mixture that `data` asks for; the rest as in `open_loader`."""
+    policy: LoaderOptions = {**options, "seed": data.seed, "on_bad": data.on_bad, "max_bad": data.max_bad}
+    if data.bucket is None:
+        return Loader(mixture, collate, batch_size, drop_last=drop_last, **policy)
+    if lengths is None and data.bucket.by == "length":
+        raise ValueError("data.bucket: this stage measures no lengths of its samples; set data.bucket.by to bytes")
+    return BucketLoader(mixture, collate, data.bucket, lengths, drop_last=drop_last, **policy)
+
+
+def epoch_limits(data: DataConfig) -> dict[str, Fraction | None]:
     """How many passes of each source there may be, by name."""
-    return dict(zip(source_names(data.sources), (source.epochs for source in data.sources), strict=True))
+    given = [None if source.epochs is None else Fraction(str(source.epochs)) for source in data.sources]
+    return dict(zip(source_names(data.sources), given, strict=True))
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:

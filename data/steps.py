@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, Literal, Required, TypedDict, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 
@@ -37,7 +37,7 @@ class LoaderOptions(TypedDict, total=False):
     """What every loader takes.
 
     Args:
-        seed: of the order.
+        seed: of the order. Default: 0.
         rank, world_size: this process among those that share the order.
         prefetch: batches prepared ahead; 0 prepares each when it is asked for, without threads. Default: 2.
         workers: threads; decoding and resizing release Python's lock. Default: 1.
@@ -49,7 +49,7 @@ class LoaderOptions(TypedDict, total=False):
             does. Default: any number.
     """
 
-    seed: Required[int]
+    seed: int
     rank: int
     world_size: int
     prefetch: int
@@ -76,8 +76,7 @@ class Step:
     idle: bool = False
 
 
-@dataclass(frozen=True)
-class Prepared(Generic[Batch]):
+class Prepared(NamedTuple, Generic[Batch]):
     """A step whose batch is ready; `batch` is None where the step has no positions."""
 
     step: Step
@@ -109,7 +108,7 @@ class StepLoader(ABC, Generic[Batch]):
         mixture: Mixture,
         collate: Collate[Batch],
         *,
-        seed: int,
+        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 2,
@@ -189,12 +188,16 @@ class StepLoader(ABC, Generic[Batch]):
 
     def hand_out(self, ready: Prepared[Batch]) -> None:
         """Counts a step as handed out, unless that is one bad sample too many."""
+        self.report(ready)
+        self.place = ready.step.after
+
+    def report(self, ready: Prepared[Batch]) -> None:
+        """Logs and counts the bad samples of a step."""
         for sample in ready.bad:
             logger.warning("left out %s", sample)
         count, consumed = self.bad_count + len(ready.bad), self.mixture.before + ready.step.after["consumed"]
         check_budget(self.max_bad, count, consumed, self.bad[-5:] + ready.bad)
         self.bad += ready.bad
-        self.place = ready.step.after
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch handed out, as plain JSON; the same on every rank, but for the bad samples
@@ -220,6 +223,10 @@ class StepLoader(ABC, Generic[Batch]):
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without threads and what they have prepared."""
+        return {**vars(self), "_executor": None, "_stream": None}
 
     def _drop_ahead(self) -> None:
         if self._stream is not None:
