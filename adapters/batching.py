@@ -120,6 +120,23 @@ class DialogCollator:
             rows = units
         return Batch(lay_out(rows, self.tokenizer.pad_id), encoder.inputs(rows))
 
+    def lengths(self, sample: Sample) -> list[int]:
+        """The size of each input of a sample, for batches by length; see `herdkit.data.buckets`.
+
+        Raises:
+            DialogError, MediaError, ValueError: as for a batch, as far as it shows without decoding; an adapter does
+                not know the sizes of its inputs.
+        """
+        media = [p for message in dialog_sample(sample, tuple(self.ports)) for p in message.media]
+        sources = {(part.type, id(part.media)): part for part in media}  # each distinct one once, as in a batch
+        return [self._size(part) for part in sources.values()]
+
+    def _size(self, part: Part) -> int:
+        prepare: Any = self.ports[part.type].prepare
+        if not hasattr(prepare, "size"):
+            raise TypeError(f"{type(prepare).__name__} has no method size; set data.bucket.by to bytes")
+        return prepare.size(part.media)
+
 
 class DialogEncoder:
     """Turns dialogs into documents and collects their media, each distinct one once."""

@@ -89,7 +89,11 @@ class ModalityBatch:
 
 @runtime_checkable
 class Preparation(Protocol):
-    """Raw inputs to tensors. Small and picklable, holds no parameters: it runs in loader workers."""
+    """Raw inputs to tensors. Small and picklable, holds no parameters: it runs in loader workers.
+
+    One that has a further method `size(source) -> int` can be trained in batches by length: how much the encoder will
+    see of a raw input (mel frames, tiles), found without decoding it where that can be.
+    """
 
     def load(self, source: Any) -> Any:
         """Decodes a path, bytes, or an object that is already decoded into one raw input.

@@ -79,7 +79,7 @@ def train_on_dialogs(
     ports = [Port.of(adapter) for adapter in model.adapters.values()]
     collate = collator(model.tokenizer, ports, row_length=data.row_length, turns=data.turns, packed=data.packed)
     batch_size = recipe.trainer.micro_batch_size(world_size())
-    loader = open_loader(data, collate, batch_size, rank(), world_size())
+    loader = open_loader(data, collate, batch_size, rank(), world_size(), lengths=collate.lengths)
     result = train_by(recipe, model, loader, objective, run_dir)
     if rank() == 0:
         save(model, run_dir / "model")

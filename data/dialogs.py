@@ -34,6 +34,9 @@ MEDIA_TYPES = ("image", "video", "audio")
 class DialogError(ValueError):
     """A dialog that breaks the schema; the message names the sample, the message index and the field."""
 
+    member = "json"
+    """The member of a stored sample that holds it."""
+
 
 @dataclass
 class Part:
@@ -110,7 +113,7 @@ def dialog_sample(sample: Sample, media_types: Collection[str] = MEDIA_TYPES) ->
     try:
         content = sample.json()
     except ValueError as error:
-        raise DialogError(f"{where}: member 'json' is not JSON: {error}") from error
+        raise DialogError(str(error)) from error
     if not isinstance(content, dict) or "messages" not in content:
         found = f"the fields {_listed(content)}" if isinstance(content, dict) else _kind(content)
         raise DialogError(f"{where}: member 'json' must be an object with 'messages', but holds {found}")

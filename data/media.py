@@ -58,7 +58,10 @@ _LIBAV_OPTIONS = {
 
 
 class MediaError(ValueError):
-    """A medium that cannot be decoded: "<file>: <reason>", one line; `reason` is the second part."""
+    """A medium that cannot be decoded: "<file>: <reason>", one line. `reason` is the second part, `source` what was to be
+    decoded."""
+
+    source: Any = None
 
     def __init__(self, name: str, reason: object):
         self.reason = " ".join(str(reason).split())
@@ -90,16 +93,8 @@ def load_image(source: Source | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source, f"<image {getattr(source, 'filename', '') or 'object'}>")
-    with _opened(source, "image") as (name, file):
-        try:
-            image = Image.open(file, formats=_image_formats())
-        except Image.UnidentifiedImageError:
-            raise MediaError(name, "not an image in a format that is read here") from None
-        # On damaged data Pillow raises nearly anything: OSError, SyntaxError, IndexError, struct.error.
-        except Exception as error:
-            raise MediaError(name, f"cannot decode the image: {error}") from error
-        with image:
-            return _upright_rgb(image, name)
+    with _opened(source, "image") as (name, file), _open_image(name, file) as image:
+        return _upright_rgb(image, name)
 
 
 def load_video(source: Source, frames: int, size: int | None = None) -> Clip:
@@ -172,13 +167,53 @@ def load_audio(source: Source, sample_rate: int = 16_000) -> Tensor:
         raise MediaError(name, f"declares a sample rate of {rate} Hz")
     if rate == sample_rate:
         return sound
-    ratio = Fraction(rate, sample_rate).limit_denominator(1_000)
+    ratio = _ratio(rate, sample_rate)
     return _resampler(ratio.numerator, ratio.denominator)(sound)
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """Width and height of an image in pixels, as stored (EXIF may turn it), from its header alone.
+
+    Raises:
+        MediaError: see the top of the file; damage behind the header goes unseen.
+    """
+    with _opened(source, "image") as (name, file), _open_image(name, file) as image:
+        return image.size
+
+
+def audio_length(source: Source, sample_rate: int = 16_000) -> int:
+    """How many samples `load_audio` gives, from the header of what libsndfile reads; anything else is decoded.
+
+    Raises:
+        MediaError: see `load_audio`; damage behind the header goes unseen.
+    """
+    with _opened(source, "audio") as (name, file):
+        try:
+            with soundfile.SoundFile(_nameless(file)) as reader:
+                count, rate = reader.frames, reader.samplerate
+        except soundfile.LibsndfileError:
+            file.seek(0)
+            sound, rate = _read_audio_track(name, file)
+            count = len(sound)
+        if not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+            raise MediaError(name, f"declares a sample rate of {rate} Hz")
+    ratio = _ratio(rate, sample_rate)
+    return -(-count * ratio.denominator // ratio.numerator)
 
 
 @contextmanager
 def _opened(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
     """The source's name for errors, and a seekable binary file at its start that holds something."""
+    try:
+        with _file(source, kind) as (name, file):
+            yield name, _checked(file, name)
+    except MediaError as error:
+        error.source = source
+        raise
+
+
+@contextmanager
+def _file(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
     if isinstance(source, str | os.PathLike):
         name = os.fsdecode(source)
         try:
@@ -193,10 +228,10 @@ def _opened(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
         except OSError as error:
             raise MediaError(name, f"cannot open: {error.strerror}") from None
         with file:
-            yield name, _checked(file, name)
+            yield name, file
     elif isinstance(source, bytes | bytearray | memoryview):
         name = f"<{kind} of {len(source)} bytes>"
-        yield name, _checked(io.BytesIO(source), name)
+        yield name, io.BytesIO(source)
     elif hasattr(source, "read"):
         name = str(getattr(source, "name", f"<{kind} stream>"))
         if not (hasattr(source, "seekable") and source.seekable()):
@@ -206,7 +241,7 @@ def _opened(source: Any, kind: str) -> Iterator[tuple[str, BinaryIO]]:
             source = io.BytesIO(content)
         elif isinstance(source, io.TextIOBase):
             raise MediaError(name, "must be opened in binary mode")
-        yield name, _checked(source, name)
+        yield name, source
     else:
         raise TypeError(f"{kind}: expected a path, bytes or a binary file, not {type(source).__name__}")
 
@@ -228,10 +263,25 @@ def _checked(file: BinaryIO, name: str) -> BinaryIO:
     return file
 
 
+def _nameless(file: BinaryIO) -> Any:
+    """The file without its name, from which libav and libsndfile would guess a format."""
+    return SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+
+
 @lru_cache(maxsize=1)
 def _image_formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)
+
+
+def _open_image(name: str, file: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(file, formats=_image_formats())
+    except Image.UnidentifiedImageError:
+        raise MediaError(name, "not an image in a format that is read here") from None
+    # On damaged data Pillow raises nearly anything: OSError, SyntaxError, IndexError, struct.error.
+    except Exception as error:
+        raise MediaError(name, f"cannot decode the image: {error}") from error
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -283,10 +333,10 @@ def _flatten(image: Image.Image, name: str) -> Image.Image:
 @contextmanager
 def _demuxed(name: str, file: BinaryIO, kind: str) -> Iterator[tuple[Any, list[av.Packet]]]:
     """The first video or audio stream, its decoder ready, and its packets, last the one that drains it."""
-    # libav sees no file name: it would guess a format from it.
-    nameless: Any = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     try:
-        with cast(InputContainer, av.open(nameless, options=_LIBAV_OPTIONS, metadata_errors="replace")) as container:
+        with cast(
+            InputContainer, av.open(_nameless(file), options=_LIBAV_OPTIONS, metadata_errors="replace")
+        ) as container:
             tracks = container.streams.video if kind == "video" else container.streams.audio
             streams = [track for track in tracks if not track.disposition & Disposition.attached_pic]
             if not streams:
@@ -371,9 +421,8 @@ def _picture(frame: av.VideoFrame, reformatter: VideoReformatter, size: int | No
 
 def _read_audio(name: str, file: BinaryIO) -> tuple[Tensor, int]:
     """Mono samples and their rate, from libsndfile where it knows the format and from libav where not."""
-    nameless: Any = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     try:
-        reader = soundfile.SoundFile(nameless)
+        reader = soundfile.SoundFile(_nameless(file))
     except soundfile.LibsndfileError:
         file.seek(0)
         return _read_audio_track(name, file)
@@ -409,6 +458,10 @@ def _read_audio_track(name: str, file: BinaryIO) -> tuple[Tensor, int]:
     if rate is None:
         raise MediaError(name, "no sound can be decoded; the file is truncated or damaged")
     return torch.from_numpy(np.concatenate(blocks)), rate
+
+
+def _ratio(rate: int, sample_rate: int) -> Fraction:
+    return Fraction(rate, sample_rate).limit_denominator(1_000)
 
 
 @lru_cache(maxsize=32)

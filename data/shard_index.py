@@ -101,6 +101,11 @@ class ShardIndex:
         equal = (self.keys[places[samples, None] + np.arange(len(wanted))] == wanted).all(1)
         return int(samples[equal.argmax()]) if equal.any() else None
 
+    def size(self, sample: int) -> int:
+        """Bytes of the sample's members."""
+        views = self._views
+        return sum(views["sizes"][views["starts"][sample] : views["starts"][sample + 1]])
+
     def members(self, sample: int) -> tuple[list[str], list[int], list[int], list[int]]:
         """Of the sample's members: extensions, offsets and sizes of the data in bytes, CRC-32 of headers' starts."""
         views, names, unit = self._views, self.extension_names, self.unit

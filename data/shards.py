@@ -39,6 +39,14 @@ MAX_MEMBER_BYTES = (1 << 33) - 1
 """The largest member: what the size field of a plain tar header holds."""
 
 
+class MemberError(ShardError):
+    """A member of a sample, by its extension, that is missing or is not what it should be."""
+
+    def __init__(self, message: str, member: str):
+        super().__init__(message)
+        self.member = member
+
+
 @dataclass
 class Sample:
     """One sample of a shard.
@@ -63,27 +71,30 @@ class Sample:
         """A member as UTF-8.
 
         Raises:
-            ShardError: there is no such member, or it is not UTF-8.
+            MemberError: there is no such member, or it is not UTF-8.
         """
         if extension not in self.members:
             found = ", ".join(self.members)
-            raise ShardError(f"{self.shard}: sample {self.key}: no member '{extension}'; its members are {found}")
+            message = f"{self.shard}: sample {self.key}: no member '{extension}'; its members are {found}"
+            raise MemberError(message, extension)
         try:
             return self.members[extension].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ShardError(f"{self.shard}: sample {self.key}.{extension}: not UTF-8: {error}") from error
+            message = f"{self.shard}: sample {self.key}.{extension}: not UTF-8: {error}"
+            raise MemberError(message, extension) from error
 
     def json(self, extension: str = "json") -> Any:
         """A member as JSON.
 
         Raises:
-            ShardError: there is no such member, or it is not JSON.
+            MemberError: there is no such member, or it is not JSON.
         """
         text = self.text(extension)
         try:
             return json.loads(text)
-        except ValueError as error:
-            raise ShardError(f"{self.shard}: sample {self.key}.{extension}: not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:  # the latter where brackets are nested by the thousand
+            message = f"{self.shard}: sample {self.key}.{extension}: not JSON: {error}"
+            raise MemberError(message, extension) from error
 
 
 class ShardWriter:
@@ -285,13 +296,8 @@ class ShardReader:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, position: int) -> Sample:
-        length = len(self)
-        if not -length <= position < length:
-            raise IndexError(f"sample {position} of {length}")
-        position %= length
-        shard = bisect_right(self._ends, position)
+        shard, number = self._at(position)
         index, file = self._indexes[shard], self._files[shard]
-        number = position - (self._ends[shard - 1] if shard else 0)
         key = index.key(number)
         try:
             return Sample(key, file.name, _read_members(file, index, number, key))
@@ -300,6 +306,11 @@ class ShardReader:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
+
+    def size(self, position: int) -> int:
+        """The bytes of a sample's members, from the index alone."""
+        shard, number = self._at(position)
+        return self._indexes[shard].size(number)
 
     def find(self, key: str) -> int:
         """The position of the first sample with this key.
@@ -311,6 +322,14 @@ class ShardReader:
             if (number := index.find(key)) is not None:
                 return before + number
         raise LookupError(f"no sample has the key {key!r}")
+
+    def _at(self, position: int) -> tuple[int, int]:
+        """The shard of a position, and the sample's number there."""
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"sample {position} of {len(self)}")
+        position %= len(self)
+        shard = bisect_right(self._ends, position)
+        return shard, position - (self._ends[shard - 1] if shard else 0)
 
     def __reduce__(self) -> tuple:
         # Another process maps the indexes itself.

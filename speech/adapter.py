@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapters.contract import Adapter, Contribution
-from ..data.media import MediaError, load_audio
+from ..data.media import MediaError, audio_length, load_audio
 from ..text.model import FeedForward, RMSNorm, Transformer, TransformerConfig
 from .conformer import Attention, Conformer, ConformerConfig, conformer_preset, rotations, valid_frames
 from .ctc import ctc_loss, greedy_ctc
@@ -142,6 +142,13 @@ class SpeechPreparation:
         except ValueError as error:
             raise MediaError(name, error) from None
         return samples
+
+    def size(self, source: Any) -> int:
+        """Mel frames of what `load` takes; of a file from its header."""
+        config = self.config.features
+        if isinstance(source, Tensor | np.ndarray):
+            return config.frames(len(source))
+        return config.frames(audio_length(source, config.sample_rate))
 
     def positions(self, item: Tensor) -> int:
         """Soft tokens of a waveform (samples,).

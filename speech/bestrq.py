@@ -20,6 +20,9 @@ from .conformer import Conformer, stack_frames, valid_frames
 SCORES_AT_ONCE = 2**25
 """Scores that the search for the nearest codes holds at a time, 256 MiB: memory does not grow with M."""
 
+MAX_FRAMES = 6000
+"""Mel frames of a stretch, 60 s (section 8.3.1: 6K)."""
+
 
 @dataclass(kw_only=True)
 class BestRQConfig:
@@ -151,8 +154,8 @@ def fully_hidden(hidden: Tensor, frames: Tensor, stack: int) -> Tensor:
     return ~known.unflatten(1, (-1, stack)).any(dim=-1)
 
 
-def random_crop(features: Tensor, max_frames: int = 6000, generator: torch.Generator | None = None) -> Tensor:
-    """A random stretch of at most `max_frames` frames of one utterance (F, C) (section 8.3.1: 6K, 60 s)."""
+def random_crop(features: Tensor, max_frames: int = MAX_FRAMES, generator: torch.Generator | None = None) -> Tensor:
+    """A random stretch of at most `max_frames` frames of one utterance (F, C)."""
     surplus = features.shape[0] - max_frames
     if surplus <= 0:
         return features

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.media import load_audio
+from ..data.media import audio_length, load_audio
 from ..data.shards import Sample
 from ..data.sources import DataConfig, open_loader
 from ..text.model_directory import save_part
 from ..train.parallel import rank, world_size
 from ..train.recipe import Stage, StageRecipe, train_by
-from .bestrq import BestRQ, BestRQConfig, random_crop
+from .bestrq import MAX_FRAMES, BestRQ, BestRQConfig, random_crop
 from .conformer import Conformer, ConformerConfig
 from .features import FeatureConfig, log_mel, pad_features
 
@@ -53,13 +53,21 @@ class AudioCollator:
         """
         features = []
         for position, sample in samples:
-            member = next((name for name in AUDIO_MEMBERS if name in sample.members), None)
-            if member is None:
-                raise ValueError(f"{sample.shard}: sample {sample.key} has none of {', '.join(AUDIO_MEMBERS)}")
-            waveform = load_audio(sample.members[member], self.config.sample_rate)
+            waveform = load_audio(self._audio(sample), self.config.sample_rate)
             generator = torch.Generator().manual_seed(position)
             features.append(random_crop(log_mel(waveform, self.config), generator=generator))
         return pad_features(features)
+
+    def lengths(self, sample: Sample) -> list[int]:
+        """Mel frames of a sample, for batches by length; errors as above."""
+        samples = audio_length(self._audio(sample), self.config.sample_rate)
+        return [min(self.config.frames(samples), MAX_FRAMES)]
+
+    def _audio(self, sample: Sample) -> bytes:
+        member = next((name for name in AUDIO_MEMBERS if name in sample.members), None)
+        if member is None:
+            raise ValueError(f"{sample.shard}: sample {sample.key} has none of {', '.join(AUDIO_MEMBERS)}")
+        return sample.members[member]
 
 
 def bestrq_objective(model: BestRQ, batch: Mapping[str, Tensor]):
@@ -71,7 +79,8 @@ def pretrain_encoder(recipe: BestRQRecipe, run_dir: Path) -> dict[str, Any]:
     torch.manual_seed(recipe.trainer.seed)
     model = BestRQ(Conformer(recipe.conformer), recipe.bestrq)
     batch_size = recipe.trainer.micro_batch_size(world_size())
-    loader = open_loader(recipe.data, AudioCollator(recipe.features), batch_size, rank(), world_size())
+    collate = AudioCollator(recipe.features)
+    loader = open_loader(recipe.data, collate, batch_size, rank(), world_size(), lengths=collate.lengths)
     result = train_by(recipe, model, loader, bestrq_objective, run_dir)
     if rank() == 0:
         save_part(model.encoder, run_dir / "encoder.safetensors")

@@ -12,13 +12,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+from ..data.bad_samples import BadSample, LoaderError
 from ..data.loader import Loader
 from ..data.mixture import Mixture
 from ..data.packing import pack
-from ..data.shards import Sample, ShardReader
-from ..data.sources import DataConfig, source_names
+from ..data.shards import Fault, Sample
+from ..data.sources import DataConfig, epoch_limits, open_sources, source_names
 from ..train.config import BatchChange, TrainerConfig
 from .rows import Document, TokenBatch, lay_out
 
@@ -34,7 +36,8 @@ class Phase:
             the phase.
         row_length: positions of a row.
         batch_size: rows of an update. accumulate: micro-batches of it on each process.
-        weights: of sources, by name; a source of weight 0 is left out.
+        weights: of sources, by name; a source of weight 0 is left out. They hold for the windows read from then on:
+            what is left of the window at hand still comes.
     """
 
     from_tokens: float
@@ -117,9 +120,11 @@ def with_ramp(trainer: TrainerConfig, phases: Sequence[PlannedPhase]) -> Trainer
 
 
 class RowLoader:
-    """Endless micro-batches of packed rows for a trainer with the batch sizes of the same phases.
+    """Micro-batches of packed rows for a trainer with the batch sizes of the same phases.
 
-    When a phase begins, what is left of the window at hand, fewer documents than one window, is passed over.
+    When a phase begins, the documents of the window at hand that no batch has had are packed again, into rows of its
+    length, and come first. Where the sources are limited, the last micro-batch shares out what is left: a process may
+    get fewer rows, or None (see `herdkit.data.loader`).
 
     Args:
         data: sources, seed, and what to do with bad samples; its row length and weights are those of the first phase.
@@ -145,93 +150,152 @@ class RowLoader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        if not data.sources:
-            raise ValueError("data.sources is empty; name at least one set of shards")
         for phase in phases:
             phase.micro_batch_size(world_size)
+        if data.bucket is not None:
+            raise ValueError("data.bucket: documents are packed into rows of one length; leave it out")
         self.data, self.phases, self.encode, self.pad_id, self.window = data, phases, encode, pad_id, window
         self.rank, self.world_size = rank, world_size
-        self.readers = dict(
-            zip(source_names(data.sources), (ShardReader(source.shards) for source in data.sources), strict=True)
-        )
+        self.readers = open_sources(data)
         self.step, self.micro = 0, 0
         """Updates whose micro-batches have all been given out, and micro-batches of the next one that have."""
-        self._phase = 0
-        self._open({})
+        self._open(0, {})
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[TokenBatch | None]:
         return self
 
-    def __next__(self) -> TokenBatch:
-        if self._phase + 1 < len(self.phases) and self.phases[self._phase + 1].from_step <= self.step:
-            self._phase += 1
-            self._open(self._windows.mixture.drawn(self._windows.consumed))
-        phase = self.phases[self._phase]
-        rows = phase.micro_batch_size(self.world_size)
-        taken = [self._next_row() for _ in range(rows * self.world_size)]
+    def __next__(self) -> TokenBatch | None:
+        following = self._read_in + len(self._given)
+        if following < len(self.phases) and self.phases[following].from_step <= self.step:
+            self._begin(following)
+        phase = self.phases[self._read_in + len(self._given) - 1]
+        taken = list(islice(self._following_rows(), phase.micro_batch_size(self.world_size) * self.world_size))
+        if not taken:
+            raise StopIteration
         self.micro += 1
         if self.micro == phase.accumulate:
             self.step, self.micro = self.step + 1, 0
-        return lay_out(taken[self.rank * rows : (self.rank + 1) * rows], self.pad_id, phase.row_length)
+        start, stop = (len(taken) * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return lay_out(taken[start:stop], self.pad_id, phase.row_length) if start < stop else None
+
+    @property
+    def consumed(self) -> int:
+        """Documents read for what has been given out, those of the window at hand included."""
+        return sum(self._drawn_so_far().values())
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """The documents left out since the loader started, which are the same on every process."""
+        return self._windows.bad
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is damaged in the shards and left out of the order."""
+        return [fault for reader in self.readers.values() for fault in reader.faults]
+
+    @property
+    def bad_count(self) -> int:
+        """How many were left out in the whole run."""
+        return self._windows.bad_count
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON, the same on every rank."""
+        """Plain JSON, the same on every rank: how to read the window at hand ("phase" is the one that it was read in),
+        and how many of its rows have been given out in that phase and in each that has begun since."""
         return {
             "step": self.step,
             "micro": self.micro,
-            "phase": self._phase,
+            "phase": self._read_in,
             "drawn": self._drawn,
             "window": self._before,
-            "given": self._given,
+            "window_size": self.window,
+            "given": list(self._given),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the state was taken, also with another number of processes.
 
         Raises:
-            LoaderError: the seed or the sources differ.
+            LoaderError: the seed, the sources or the window differ.
         """
-        self.step, self.micro, self._phase = state["step"], state["micro"], state["phase"]
-        self._open(state["drawn"])
+        if state["window_size"] != self.window:
+            raise LoaderError(f"the state was taken with windows of {state['window_size']}, not {self.window}")
+        self.step, self.micro = state["step"], state["micro"]
+        self._open(state["phase"], state["drawn"])
         self._windows.load_state_dict(state["window"])
         self._before = state["window"]
-        if state["given"]:
-            self._rows, self._given = next(self._windows), state["given"]
+        if state["given"] != [0]:
+            self._read_window()
+            self._windows.bad, self._windows.bad_elsewhere = [], self._windows.bad_count  # reported when first read
+        for number, given in enumerate(state["given"]):
+            if number > 0:
+                self._begin(self._read_in + number)
+            self._given[-1] = given
 
     def close(self) -> None:
         self._windows.close()
 
-    def _open(self, drawn: dict[str, int]) -> None:
-        """Begins a phase at the documents that follow those drawn."""
+    def _open(self, number: int, drawn: dict[str, int]) -> None:
+        """Begins to read in a phase, at the documents that follow those drawn."""
+        bad = ([], 0)
         if hasattr(self, "_windows"):
+            bad = self._windows.bad, self._windows.bad_elsewhere
             self._windows.close()
-        phase = self.phases[self._phase]
+        phase = self.phases[number]
         parts = [(name, reader, phase.weights[name]) for name, reader in self.readers.items() if phase.weights[name]]
         # One position of the mixture after another, whatever the process: each packs all and takes its own rows.
         self._windows = Loader(
-            Mixture(parts, drawn),
-            lambda samples: self._pack([sample for _, sample in samples], phase.row_length),
+            Mixture(parts, drawn, epoch_limits(self.data)),
+            lambda samples: self._encoded(samples, phase.row_length),
             self.window,
             seed=self.data.seed,
             prefetch=1,
             on_bad=self.data.on_bad,
+            max_bad=self.data.max_bad,
         )
-        self._drawn = drawn
+        self._windows.bad, self._windows.bad_elsewhere = bad
+        self._read_in, self._drawn = number, drawn
         self._before = self._windows.state_dict()
         self._rows: list[list[Document]] = []
-        self._given = 0
+        self._given = [0]
 
-    def _pack(self, samples: Sequence[Sample], length: int) -> list[list[Document]]:
-        pieces = [
-            Document(tokens[start : start + length], [True] * len(tokens[start : start + length]))
-            for tokens in self.encode(samples)
-            for start in range(0, len(tokens), length)
-        ]
-        return [[pieces[i] for i in row] for row in pack([len(piece.tokens) for piece in pieces], length)]
+    def _begin(self, number: int) -> None:
+        """Begins to give out rows of a phase, first those of the documents that are left."""
+        left = [document for row in self._rows[self._given[-1] :] for document in row]
+        self._rows = _full_rows(left, self.phases[number].row_length)
+        self._given.append(0)
 
-    def _next_row(self) -> list[Document]:
-        while self._given == len(self._rows):
-            self._before = self._windows.state_dict()
-            self._rows, self._given = next(self._windows), 0
-        self._given += 1
-        return self._rows[self._given - 1]
+    def _encoded(self, samples: Sequence[tuple[int, Sample]], length: int) -> list[list[Document]]:
+        encoded = self.encode([sample for _, sample in samples])
+        return _full_rows([Document(tokens, [True] * len(tokens)) for tokens in encoded], length)
+
+    def _following_rows(self) -> Iterator[list[Document]]:
+        while True:
+            while self._given[-1] == len(self._rows):
+                if len(self._given) > 1:
+                    self._open(self._read_in + len(self._given) - 1, self._drawn_so_far())
+                if not self._read_window():
+                    return
+            self._given[-1] += 1
+            yield self._rows[self._given[-1] - 1]
+
+    def _read_window(self) -> bool:
+        """Takes the next window, if there is one."""
+        before = self._windows.state_dict()
+        rows = next(self._windows, None)
+        if rows is not None:
+            self._before, self._rows, self._given = before, rows, [0]
+        return rows is not None
+
+    def _drawn_so_far(self) -> dict[str, int]:
+        # A source may be left out of a phase and come back.
+        return {**self._drawn, **self._windows.mixture.drawn(self._windows.consumed)}
+
+
+def _full_rows(documents: Sequence[Document], length: int) -> list[list[Document]]:
+    """Documents, cut where they are longer than a row, to as few rows as hold them."""
+    pieces = [
+        Document(document.tokens[start : start + length], document.targets[start : start + length])
+        for document in documents
+        for start in range(0, len(document.tokens), length)
+    ]
+    return [[pieces[i] for i in row] for row in pack([len(piece.tokens) for piece in pieces], length)]

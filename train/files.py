@@ -37,6 +37,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the lines of a log in JSON that a checkpoint of so many updates knows of, if there is one: a killed run may
+    have logged more than it saved, and its last line may be cut short."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
 def finite(value: Any) -> Any:
     """JSON values with null for numbers that JSON does not have (nan, inf)."""
     if isinstance(value, float):

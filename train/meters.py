@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .files import finite, sync, write_text
+from .files import drop_lines_after, finite, sync
 from .objective import Metrics
 
 OWN_KEYS = {
@@ -30,9 +30,10 @@ class Meters:
 
     `metrics.jsonl` has a line for every `log_every` updates: "step" counts finished updates; "loss" and the
     objective's metrics are means (sum / count) over all processes since the line before; "lr" and "grad_norm"
-    (before clipping) are those of the last update; "tokens" (targets of the loss) and "samples" are totals of
-    the updates made, "tokens_per_second" is since the line before, without the time of checkpoints and evaluations.
-    Lines with "evaluation" hold what the evaluation hook found. Numbers that are not finite are null.
+    (before clipping) are those of the last update; "tokens" (targets of the loss) and "samples" (places in
+    micro-batches, also those that no sample filled) are totals of the updates made, "tokens_per_second" is since the
+    line before, without the time of checkpoints and evaluations. Lines with "evaluation" hold what the evaluation
+    hook found. Numbers that are not finite are null.
 
     Args:
         state: `state_dict()` of the checkpoint that the run goes on from; lines past its step are dropped.
@@ -53,7 +54,7 @@ class Meters:
         self._interval_started = self.started
         self._interval_tokens = 0.0
         self._evaluated: dict[str, Any] | None = None
-        parallel.on_first(lambda: self._drop_after(step))
+        parallel.on_first(lambda: drop_lines_after(self.path, step))
 
     def wall_seconds(self) -> float:
         """Seconds of training, those before a resume included."""
@@ -169,13 +170,6 @@ class Meters:
 
     def _lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-
-    def _drop_after(self, step: int) -> None:
-        """A killed run may have logged more than it saved, and its last line may be cut short."""
-        if not self.path.exists():
-            return
-        whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        write_text(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 def _add(sums: dict[str, list[float]], name: str, value: float, count: float) -> None:

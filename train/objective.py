@@ -33,7 +33,15 @@ class Objective(Protocol):
 
 
 class Loader(Protocol):
-    """A stream of micro-batches that goes on for as long as the run, and that can be put back in place.
+    """A stream of micro-batches that can be put back in place.
+
+    It goes on for as long as the run, or ends on every process after the same number of micro-batches. In the last of
+    them a process for which no sample is left gets None: it takes part in the update with no loss and no targets. An
+    objective that speaks to other processes by itself cannot do that; its loader drops an incomplete last step.
+
+    A loader that leaves out bad samples keeps them in a list `bad`, as dataclasses, and their number in the whole run
+    in `bad_count`; the trainer adds those of other processes to its `bad_elsewhere`. `faults`, dataclasses as well, are
+    what is damaged in its shards.
 
     `state_dict` describes what was consumed (not what was fetched ahead), the same on every process, in plain
     JSON values; after `load_state_dict` of it a new iterator yields the batches that follow.

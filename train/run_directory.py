@@ -1,4 +1,5 @@
-"""The directory of a run: recipe.json, environment.json, metrics.jsonl, checkpoints/, result.json."""
+"""The directory of a run: recipe.json, environment.json, metrics.jsonl, bad_samples.jsonl, checkpoints/,
+result.json."""
 
 from __future__ import annotations
 

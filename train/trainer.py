@@ -10,9 +10,9 @@ whole checkpoint, on the same layout bit for bit as if nothing had happened.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, parallel
+from .bad_samples import BadSampleLog
 from .config import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, as_dict
 from .files import finite, write_json
 from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, freeze_table, set_modes
@@ -68,7 +69,8 @@ def train(
         model: on the device to train on; what is to be trained is float32 (or float64), what is frozen may be
             of any precision. On resume, frozen parameters must be those of the first start. Afterwards it has
             the modes and the requires_grad that it had before.
-        loader: micro-batches of `trainer.micro_batch_size(parallel.world_size(), step)` samples.
+        loader: micro-batches of `trainer.micro_batch_size(parallel.world_size(), step)` samples. Where its data end in
+            the middle of an update, the update is made of what there is.
         freeze: see `freezing.plan`; parameters that no rule names keep their requires_grad.
         run_dir: holds everything about the run; the same one resumes it.
         resolved_recipe: JSON values, recorded and compared on resume beside the configs given here.
@@ -78,14 +80,15 @@ def train(
     Returns:
         The content of result.json: "description", "steps", "samples", "tokens", "wall_seconds" (over all
         starts), "parameters", "trained_parameters", "last" (last line of the log), "mean" (loss and metrics
-        over the run), "evaluation", "skipped_steps", "empty_steps", "peak_memory_bytes".
+        over the run), "evaluation", "skipped_steps", "empty_steps", "bad_samples" (left out, see
+        bad_samples.jsonl), "peak_memory_bytes".
 
     Raises:
         ValueError: a config does not fit the model or the processes.
         RunDirectoryError: the directory holds a run of another recipe, or a longer one.
         CheckpointError: the checkpoint there does not fit the model.
         NonFiniteError: see TrainerConfig.non_finite.
-        LoaderExhaustedError: the loader ended early.
+        LoaderExhaustedError: the loader ended early; the message says how many updates and samples it held.
         SystemExit: after SIGTERM, once the update at hand is made and a checkpoint written.
     """
     with flags_restored(model):
@@ -159,6 +162,7 @@ class _Run:
         self.guard = Guard(self.config.non_finite, **saved.get("guard", {}))
         self.guard.last_good = newest
         self.meters = Meters(self.run_dir, self.step, saved.get("meters"))
+        self.bad_samples = BadSampleLog(self.run_dir, self.loader, self.step)
         self.progress.first = self.step
 
     def _restore(self, path: Path, saved: dict[str, Any]) -> None:
@@ -185,7 +189,8 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """The loop."""
         config = self.config
-        with self.progress, termination() as wish, closing(self._batches()) as batches:
+        batches = iter(self.loader)
+        with self.progress, termination() as wish:
             self._apply_freeze()
             changes = {step for step in change_steps(self.freeze) if step > self.step}
             if self._evaluation_due():  # it was killed between its checkpoint and its evaluation
@@ -198,6 +203,7 @@ class _Run:
                 stopping = self._update(batches, wish)
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
+                    self.bad_samples.collect(self.step)
                     self.meters.log(self.step, self.lr, self.norm, self.guard.skipped)
                 if last or self.progress.due():
                     self.progress.update(self.step, self.meters.status())
@@ -215,15 +221,20 @@ class _Run:
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, targets, wishes to stop
         metrics = []
         batch_size, accumulate = self.config.batch_at(self.step)
-        for _ in range(accumulate):
-            batch = move(next(batches), self.device)
+        given = 0
+        for batch in islice(batches, accumulate):
+            given += 1
+            if batch is None:  # the data end with this step, and nothing is left for this process
+                continue
             with self.autocast:
-                loss, count, measured = self.objective(self.model, batch)
+                loss, count, measured = self.objective(self.model, move(batch, self.device))
             if loss.requires_grad:
                 loss.backward()
             totals[0] += loss.detach()
             totals[1] += count
             metrics.append(measured)
+        if not given:
+            raise LoaderExhaustedError(self._what_the_data_held())
         totals[2] += wish.requested
         totals = parallel.sum_gradients([p for _, p in self.parameters], totals)
         loss_sum, targets, stopping = totals.tolist()
@@ -241,22 +252,24 @@ class _Run:
                 nn.utils.clip_grads_with_norm_(touched, self.optimizer_config.clip_norm, norm, foreach=True)
             set_learning_rate(self.optimizer, self.lr)
             self.optimizer.step()
-            self.meters.update(loss_sum, targets, batch_size, metrics)
+            self.meters.update(loss_sum, targets, batch_size * given // accumulate, metrics)
         else:
             self.progress.say(f"{self.description}: {objection}")
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return stopping > 0
 
-    def _batches(self) -> Generator[Any]:
-        yield from self.loader
-        raise LoaderExhaustedError(
-            f"the loader ended at step {self.step} of {self.config.steps}: let it repeat its data, or set "
-            "trainer.steps to what it holds"
+    def _what_the_data_held(self) -> str:
+        consumed = getattr(self.loader, "consumed", None)
+        samples = "" if consumed is None else f", all {consumed:,} samples of its data taken"
+        return (
+            f"the loader ended at step {self.step} of {self.config.steps}{samples}: let it repeat its data "
+            f"(data.sources[].epochs), or set trainer.steps to {self.step}"
         )
 
     def _save(self) -> None:
         with self.meters.pause():
+            self.bad_samples.collect(self.step)
             state = {
                 "step": self.step,
                 "random": parallel.gather(capture_random()),
@@ -299,6 +312,7 @@ class _Run:
             "evaluation": self.evaluation,
             "skipped_steps": self.guard.skipped,
             "empty_steps": self.guard.empty,
+            "bad_samples": getattr(self.loader, "bad_count", 0),
             "peak_memory_bytes": self.meters.peak_memory,
         }
         result = parallel.on_first(lambda: finite(result))

@@ -178,6 +178,19 @@ class Bounded(torch.autograd.Function):
         return torch.where(above, grad.clamp(min=0), grad), None
 
 
+def gathered(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows (N, C) of all processes, with gradients, and at which of them this process's own begin. Processes may
+    differ in N: a loader leaves bad samples out."""
+    rank = torch.distributed.get_rank()
+    counts = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank] = len(rows)
+    torch.distributed.all_reduce(counts)
+    lengths = counts.tolist()
+    padded = F.pad(rows, (0, 0, 0, max(lengths) - len(rows)))
+    parts = torch.distributed.nn.functional.all_gather(padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]), sum(lengths[:rank])
+
+
 def clip_loss(
     image_features: Tensor, text_features: Tensor, scale: Tensor, *, negatives: Negatives = "global"
 ) -> tuple[Tensor, int, dict[str, tuple[Tensor, int]]]:
@@ -188,7 +201,7 @@ def clip_loss(
     also under autocast, because logits reach +-100.
 
     Args:
-        image_features, text_features: (N, D) unit vectors, row i of both a pair; N must be equal on all processes.
+        image_features, text_features: (N, D) unit vectors, row i of both a pair; processes may differ in N.
         scale: (1,), factor of the similarities.
         negatives: see `Negatives`; "global" is "local" where torch.distributed is not initialised.
 
@@ -201,8 +214,7 @@ def clip_loss(
         both = torch.cat([image_features, text_features], dim=1).float()
         everyone, offset = both, 0
         if negatives == "global" and torch.distributed.is_initialized():
-            everyone = torch.cat(torch.distributed.nn.functional.all_gather(both))
-            offset = N * torch.distributed.get_rank()
+            everyone, offset = gathered(both)
         all_images, all_texts = everyone.split(D, dim=1)
         images, texts = both.split(D, dim=1)
         targets = torch.arange(offset, offset + N, device=both.device)

@@ -98,7 +98,8 @@ def pretrain_encoder(recipe: ContrastiveRecipe, run_dir: Path) -> dict[str, Any]
     prepare = ImagePreparation(tile_size=encoder.image_size, max_tiles=encoder.max_tiles)
     collate = PairCollator(tokenizer, prepare, max_length)
     batch_size = recipe.trainer.micro_batch_size(world_size())
-    loader = open_loader(recipe.data, collate, batch_size, rank(), world_size())
+    # The loss speaks to all processes: each must have a batch in every step.
+    loader = open_loader(recipe.data, collate, batch_size, rank(), world_size(), drop_last=True)
     result = train_by(recipe, model, loader, contrastive_objective, run_dir)
     if rank() == 0:
         save_part(model.vision, run_dir / "encoder.safetensors")

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.media import Clip, load_image, load_video
+from ..data.media import Clip, image_size, load_image, load_video
 
 
 class Arrangement(NamedTuple):
@@ -86,6 +86,12 @@ class ImagePreparation:
         """
         return load_image(source)
 
+    def size(self, source: Any) -> int:
+        """Tiles of what `load` takes; of a file from its header."""
+        width, height = source.size if isinstance(source, Image.Image) else image_size(source)
+        plan = arrange(height, width, self.tile_size, self.max_tiles)
+        return plan.rows * plan.columns
+
     def positions(self, item: Image.Image) -> int:
         return 1
 
@@ -134,6 +140,10 @@ class VideoPreparation:
             MediaError: the source is missing, empty, truncated or no video.
         """
         return load_video(source, self.frames, size=self.max_tiles * self.tile_size)
+
+    def size(self, source: Any) -> int:
+        """The most tiles that a clip can have."""
+        return self.frames * self.max_tiles
 
     def positions(self, item: Clip) -> int:
         return 1

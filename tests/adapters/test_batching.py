@@ -157,6 +157,24 @@ def test_errors_name_the_sample(tokenizer):
         DialogCollator(tokenizer, ports()[1:])([(0, one)])
 
 
+def test_lengths_are_those_of_every_distinct_input(tokenizer):
+    class Measured(StoredVectors):
+        def size(self, source):
+            return len(self.load(source))
+
+    image, sound = ports()
+    collate = DialogCollator(tokenizer, [dataclasses.replace(image, prepare=Measured()), sound])
+    pictures = {"jpg": torch.randn(3, 4), "png": torch.randn(5, 4)}
+    messages = [
+        ask({"type": "image", "image": "jpg"}, {"type": "image", "image": "png"}, {"type": "image", "image": "jpg"}),
+        say("a dog"),
+    ]
+    assert collate.lengths(sample(messages, **pictures)) == [3, 5]
+    assert collate.lengths(sample([ask({"type": "text", "text": "what"}), say("a cat")])) == []
+    with pytest.raises(TypeError, match=r"StoredSounds has no method size; set data\.bucket\.by to bytes"):
+        collate.lengths(sample([ask({"type": "audio", "audio": "wav"}), say("a cat")], wav=torch.randn(2, 4)))
+
+
 def test_the_collator_travels_to_workers(tokenizer):
     messages = [ask(text("what is it")), say("a dog")]
     prepare = VectorPreparation()

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from herdkit.data.media import MediaError, load_audio
+from herdkit.data.media import MediaError, audio_length, load_audio
 
 
 def tone(rate, seconds=1.0, frequency=440.0, channels=1, amplitude=0.5):
@@ -72,6 +72,28 @@ def test_other_target_rates():
         assert torch.equal(loaded, oracle)
     with pytest.raises(ValueError, match="sample_rate"):
         load_audio(encoded(samples, 44_100), 0)
+
+
+@pytest.mark.parametrize("rate", [7_993, 8_000, 11_025, 16_000, 22_050, 44_100, 47_999, 96_000])
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_lengths_without_decoding_are_those_of_decoding(rate, format):
+    if format == "MP3" and rate not in (8_000, 11_025, 16_000, 22_050, 44_100):
+        rate = 48_000
+    for seconds in (0.5, 0.7001):
+        content = encoded(tone(rate, seconds), rate, format)
+        for target in (16_000, 22_050):
+            assert audio_length(content, target) == len(load_audio(content, target))
+
+
+def test_lengths_of_containers_and_of_bad_files(audio):
+    content = audio("m4a", tone(24_000).T, 24_000, "aac")
+    assert audio_length(content) == len(load_audio(content))
+    whole = encoded(tone(16_000), 16_000, "FLAC")
+    assert audio_length(whole[:5000]) == 16_000, "damage behind the header goes unseen"
+    for bad in (b"", whole[:30], b"text" * 100):
+        with pytest.raises(MediaError) as caught:
+            audio_length(bad)
+        assert caught.value.source is bad
 
 
 @pytest.mark.parametrize("rate", [47_999, 44_101, 15_991, 7_993])

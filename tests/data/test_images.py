@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from herdkit.data import media
-from herdkit.data.media import MediaError, load_image
+from herdkit.data.media import MediaError, image_size, load_image
 from PIL import Image
 
 
@@ -261,3 +261,15 @@ def test_unreadable_file(tmp_path):
     path.chmod(0)
     with pytest.raises(MediaError, match="Permission denied"):
         load_image(path)
+
+
+def test_the_size_of_a_picture_is_read_from_its_header(monkeypatch):
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
+        content = encoded(Image.fromarray(noise(31, 47)), format)
+        assert image_size(content) == (47, 31)
+        if format in ("PNG", "JPEG", "BMP"):
+            assert image_size(content[: len(content) // 2 + 40]) == (47, 31), "damage behind the header goes unseen"
+    for bad in (b"", b"text", png(47, 31, 8, 2, [])[:20]):
+        with pytest.raises(MediaError) as caught:
+            image_size(bad)
+        assert caught.value.source is bad

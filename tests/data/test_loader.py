@@ -5,11 +5,13 @@ import multiprocessing
 import random
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
+from herdkit.data.bad_samples import LoaderError
 from herdkit.data.dialogs import dialog_sample
-from herdkit.data.loader import Loader, LoaderError
+from herdkit.data.loader import Loader
 from herdkit.data.media import MediaError
 from herdkit.data.mixture import Mixture
 from herdkit.data.shards import Sample, ShardReader, ShardWriter
@@ -110,6 +112,42 @@ def test_prefetched_batches_are_not_consumed():
     second.close()
 
 
+def limited(end_of_a=17, end_of_b=23):
+    parts = [("a", source("a", 17), 1), ("b", source("b", 40), 2)]
+    return Mixture(parts, epochs={"a": end_of_a / 17, "b": end_of_b / 40})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 50])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_limited_sources_end_for_all_ranks_at_the_same_step(world_size, batch_size, prefetch):
+    options = {"batch_size": batch_size, "world_size": world_size, "prefetch": prefetch, "workers": 2}
+    order = [(position, limited().sample(position, 7).key) for position in range(40)]
+    ranks = [loader(limited(), rank=rank, **options) for rank in range(world_size)]
+    given = [take(one, 1000) for one in ranks]
+    assert {len(batches) for batches in given} == {-(-40 // (batch_size * world_size))}
+    steps = list(zip(*given, strict=True))
+    assert [item for step in steps for batch in step for item in batch or []] == order
+    last = [len(batch or []) for batch in steps[-1]]
+    assert max(last) - min(last) <= 1
+    assert all(len(batch) == batch_size for step in steps[:-1] for batch in step)
+    assert len({json.dumps(one.state_dict()) for one in ranks}) == 1
+    assert ranks[0].consumed == 40
+    for one in ranks:
+        with pytest.raises(StopIteration):
+            next(one)
+        one.close()
+    whole = [take(loader(limited(), rank=rank, drop_last=True, **options), 1000) for rank in range(world_size)]
+    count = 40 // (batch_size * world_size)
+    assert [[len(batch) for batch in batches] for batches in whole] == [[batch_size] * count] * world_size
+
+
+def test_a_state_of_other_limits_is_refused():
+    state = loader(limited()).state_dict()
+    with pytest.raises(LoaderError, match="sources"):
+        loader(limited(end_of_a=16)).load_state_dict(state)
+
+
 def endless_run(folder):
     """Writes down each batch and then the state, until it is killed."""
     mixture = Mixture([(name, ShardReader(folder / name), weight) for name, weight in [("a", 2), ("b", 1)]])
@@ -185,27 +223,86 @@ def test_bad_samples_are_named():
     failing.close()
 
 
+BAD = {"a3", "a4", "b7"}
+
+
 @pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_skipping_keeps_ranks_in_step_and_counts(prefetch, batch_size, caplog):
-    skipping = loader(collate=fussy, batch_size=batch_size, prefetch=prefetch, on_bad="skip")
+def test_bad_samples_are_left_out_and_counted(prefetch, caplog):
+    skipping = loader(collate=fussy, prefetch=prefetch, on_bad="skip")
     with caplog.at_level(logging.WARNING):
-        got = flat(take(skipping, 120 // batch_size))
-    assert [position for position, _ in got] == list(range(120))
-    bad = {"a3", "a4", "b7"}
-    assert not {key for _, key in got} & bad
-    assert all(key == right for (_, key), (_, right) in zip(got, RIGHT, strict=False) if right not in bad)
-    at_bad_places = [(position, key) for position, key in RIGHT[:120] if key in bad]
-    assert [entry.position for entry in skipping.bad if (entry.position, entry.key) in at_bad_places] == [
-        position for position, _ in at_bad_places
+        got = flat(take(skipping, 80))
+    assert got == [(position, key) for position, key in RIGHT[:240] if key not in BAD]
+    found = [(position, key) for position, key in RIGHT[:240] if key in BAD]
+    assert [(entry.position, entry.key) for entry in skipping.bad] == found
+    assert [(entry.shard, entry.reason) for entry in skipping.bad] == [
+        (f"{k[0]}.tar", f"{k}: is broken") for _, k in found
     ]
-    assert len(caplog.records) == len(skipping.bad)
-    assert f"skipped {skipping.bad[0]}" in caplog.text
-    assert skipping.bad[0].reason == f"{skipping.bad[0].key}: is broken"
-    # The stand-in comes from the same source, and is the same one again.
-    for position, key in at_bad_places:
-        assert got[position][1][0] == key[0]
-    assert got == flat(take(loader(collate=fussy, batch_size=batch_size, on_bad="skip"), 120 // batch_size))
+    assert len(caplog.records) == len(found) == skipping.bad_count == skipping.state_dict()["bad"]
+    assert f"left out {skipping.bad[0]}" in caplog.text
+    # The count goes on in the next run, and the list is this run's.
+    following = loader(collate=fussy, prefetch=prefetch, on_bad="skip")
+    following.load_state_dict(skipping.state_dict())
+    assert flat(take(following, 40)) == [(position, key) for position, key in RIGHT[240:360] if key not in BAD]
+    later = sum(key in BAD for _, key in RIGHT[240:360])
+    assert (len(following.bad), following.bad_count) == (later, len(found) + later)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_good_sample_stands_in_where_nothing_is_left(batch_size):
+    world_size = 3
+    ranks = [
+        loader(collate=fussy, batch_size=batch_size, rank=rank, world_size=world_size, on_bad="skip")
+        for rank in range(world_size)
+    ]
+    given = [take(one, 60 // batch_size) for one in ranks]
+    for rank, batches in enumerate(given):
+        for step, batch in enumerate(batches):
+            start = (step * world_size + rank) * batch_size
+            right = RIGHT[start : start + batch_size]
+            good = [item for item in right if item[1] not in BAD]
+            if good:
+                assert batch == good
+            else:  # from the same source, and one that comes in its own place too
+                ((position, key),) = batch
+                assert position == right[0][0]
+                assert key[0] == right[0][1][0]
+                assert key not in BAD
+    stood_in = [bad for one in ranks for bad in one.bad]
+    assert {(bad.position, bad.key) for bad in stood_in} >= {item for item in RIGHT[:180] if item[1] in BAD}
+
+
+def budget(max_bad, **options):
+    skipping = loader(collate=fussy, batch_size=5, on_bad="skip", max_bad=max_bad, **options)
+    try:
+        list(itertools.islice(skipping, 1800))
+    except LoaderError as error:
+        return skipping, str(error)
+    finally:
+        skipping.close()
+    return skipping, "never"
+
+
+def test_a_budget_of_bad_samples():
+    skipping, message = budget(6)
+    assert skipping.bad_count == 6
+    places = [position for position, key in RIGHT if key in BAD]
+    assert skipping.consumed == places[6] // 5 * 5
+    lines = message.splitlines()
+    assert lines[0] == f"7 bad samples of {skipping.consumed + 5} are more than max_bad 6 allows; the last:"
+    assert [int(line.rpartition("(position ")[2].partition(")")[0]) for line in lines[1:]] == places[2:7]
+    # About 3 of 51 are bad; the share is taken of a thousand at least.
+    skipping, message = budget(0.02)
+    assert message.startswith("21 bad samples of ")
+    assert skipping.consumed < 500
+    skipping, message = budget(0.09)
+    assert message == "never"
+    # Before and elsewhere count too.
+    again = loader(collate=fussy, batch_size=5, on_bad="skip", max_bad=6)
+    again.load_state_dict({**again.state_dict(), "bad": 4})
+    again.bad_elsewhere += 2
+    with pytest.raises(LoaderError, match="7 bad samples"):
+        list(again)
+    again.close()
 
 
 def test_skipping_gives_up_when_nothing_is_good():
@@ -254,9 +351,11 @@ def test_bad_shards_and_dialogs_are_bad_samples(tmp_path):
         return [(sample.key, dialog_sample(sample)) for _, sample in samples]
 
     skipping = Loader(mixture, dialogs, 6, seed=0, on_bad="skip")
-    assert len(next(skipping)) == 6
-    assert [(entry.shard, entry.key) for entry in skipping.bad] == [(str(tmp_path / "0.tar"), "2")]
-    assert "role must be one of" in skipping.bad[0].reason
+    assert sorted(key for key, _ in next(skipping)) == ["0", "1", "3", "4", "5"]
+    (bad,) = skipping.bad
+    assert (bad.shard, bad.key, bad.member) == (str(tmp_path / "0.tar"), "2", "json")
+    assert bad.reason.startswith("messages[0].role must be one of")
+    assert str(bad).startswith(f"{tmp_path / '0.tar'}: sample 2.json (position {bad.position}): messages[0].role")
     skipping.close()
     (tmp_path / "0.tar").write_bytes(b"something else")
     failing = Loader(mixture, dialogs, 2, seed=0)
@@ -322,6 +421,8 @@ def test_no_threads_are_left():
         ({"workers": 0}, "workers"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"on_bad": "ignore"}, "on_bad must be 'raise' or 'skip', not 'ignore'"),
+        ({"max_bad": 3}, "max_bad must be at least 0, and on_bad 'skip', not 3 and 'raise'"),
+        ({"max_bad": -0.1, "on_bad": "skip"}, "max_bad must be at least 0"),
     ],
 )
 def test_arguments(options, error):
@@ -345,15 +446,33 @@ def test_the_order_does_not_depend_on_where_the_data_lie(tmp_path):
     assert source_names([*same, SourceConfig(shards="c/cats/*.tar", name="mine")])[2] == "mine"
 
 
+def test_a_recipe_says_how_often_a_source_comes(tmp_path):
+    for name, count in [("a", 10), ("b", 4)]:
+        with ShardWriter(tmp_path / name / "%06d.tar", max_count=100) as writer:
+            for i in range(count):
+                writer.write(f"{name}{i}", {"txt": str(i)})
+    sources = [
+        SourceConfig(shards=str(tmp_path / "a" / "*.tar"), epochs=1.5, weight=2),
+        SourceConfig(shards=str(tmp_path / "b" / "*.tar"), epochs=2),
+    ]
+    given = flat(open_loader(DataConfig(sources=sources), keys, 5))
+    counts = Counter(key for _, key in given)
+    assert sum(counts.values()) == 23
+    assert sorted(counts[f"a{i}"] for i in range(10)) == [1] * 5 + [2] * 5
+    assert all(counts[f"b{i}"] == 2 for i in range(4))
+
+
 def test_a_recipe_says_what_happens_to_bad_samples(tmp_path):
     with ShardWriter(tmp_path / "%06d.tar", max_count=100) as writer:
         for i in range(10):
             writer.write(f"a{i}", {"txt": str(i)})
 
-    def batch(on_bad):
-        data = DataConfig(sources=[SourceConfig(shards=str(tmp_path / "*.tar"))], on_bad=on_bad)
+    def batch(on_bad, max_bad=None):
+        data = DataConfig(sources=[SourceConfig(shards=str(tmp_path / "*.tar"))], on_bad=on_bad, max_bad=max_bad)
         return next(iter(open_loader(data, fussy, 10)))
 
     with pytest.raises(LoaderError, match="is broken"):
         batch("raise")
-    assert {key for _, key in batch("skip")} == {f"a{i}" for i in range(10)} - {"a3", "a4"}
+    assert {key for _, key in batch("skip", 2)} == {f"a{i}" for i in range(10)} - {"a3", "a4"}
+    with pytest.raises(LoaderError, match="2 bad samples of 10 are more than max_bad 1"):
+        batch("skip", 1)

@@ -1,8 +1,12 @@
+import io
 import math
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from herdkit.data.shards import ShardWriter
+from herdkit.data.sources import open_loader
 from herdkit.speech import (
     BestRQ,
     BestRQConfig,
@@ -16,6 +20,8 @@ from herdkit.speech import (
 )
 from herdkit.speech.bestrq import fully_hidden, span_mask
 from herdkit.speech.conformer import stack_frames
+from herdkit.speech.pretrain import AudioCollator, BestRQRecipe, pretrain_encoder
+from herdkit.train.config import load_recipe
 
 FRAMES = torch.tensor([90, 33, 61, 2])
 TINY = {"n_codebooks": 3, "n_codes": 17, "code_dim": 5}
@@ -295,3 +301,31 @@ def test_config_errors_name_the_field():
         BestRQConfig(n_codes=0)
     with pytest.raises(ValueError, match="mask_probability"):
         BestRQConfig(mask_probability=0.0)
+
+
+def test_pre_training_in_batches_by_length(tmp_path):
+    with ShardWriter(tmp_path / "data" / "%06d.tar") as writer:
+        for i in range(24):
+            file = io.BytesIO()
+            noise = 0.1 * torch.randn(8_000 + 4_000 * (i % 6), generator=generator(i))
+            soundfile.write(file, noise.numpy(), 16_000, format="FLAC")
+            writer.write(f"{i}", {"flac": file.getvalue()})
+    (tmp_path / "recipe.yaml").write_text(f"""
+stage: speech.bestrq
+conformer: {{dim: 24, n_layers: 1, n_heads: 2, ffn_dim: 40}}
+bestrq: {{n_codebooks: 2, n_codes: 16}}
+data:
+  sources: [{{shards: '{tmp_path}/data/*.tar', epochs: 3}}]
+  bucket: {{budget: 450, window: 24}}
+optimizer: {{lr: 1.0e-3}}
+schedule: {{kind: constant}}
+trainer: {{steps: 5, batch_size: 8, accumulate: 2}}
+""")
+    recipe = load_recipe(tmp_path / "recipe.yaml", BestRQRecipe)
+    collate = AudioCollator(recipe.features)
+    batches = list(open_loader(recipe.data, collate, 1, lengths=collate.lengths))
+    assert max(batch["features"].shape[:2].numel() for batch in batches) <= 450
+    assert sum(len(batch["frames"]) for batch in batches) == 72
+    result = pretrain_encoder(recipe, tmp_path / "run")
+    assert result["steps"] == 5
+    assert (tmp_path / "run" / "encoder.safetensors").exists()

@@ -11,7 +11,9 @@ import soundfile
 import torch
 from herdkit.adapters import Port
 from herdkit.adapters.compose import ComposedModel
-from herdkit.data.shards import Sample
+from herdkit.data.buckets import BucketConfig
+from herdkit.data.shards import Sample, ShardWriter
+from herdkit.data.sources import DataConfig, SourceConfig, open_loader
 from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
 from herdkit.speech.finetune import (
     SpeechCollator,
@@ -99,6 +101,23 @@ def test_a_batch_holds_the_words_as_tokens_and_as_bytes(model):
     assert isinstance(moved.tokens_said, Transcripts)
     with pytest.raises(ValueError, match=r"made\.tar: sample 001 has no member 'txt'"):
         collate(model, [sample(1, txt=None)])
+
+
+def test_batches_by_length_stay_within_their_frames(model, tmp_path):
+    with ShardWriter(tmp_path / "%06d.tar") as writer:
+        for i in range(40):
+            one = sample(i, seconds=0.5 + (i * 7 % 40) / 20)
+            writer.write(one.key, one.members)
+    collate = SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])])
+    for bucket in (None, BucketConfig(budget=900, window=40)):
+        data = DataConfig(sources=[SourceConfig(shards=str(tmp_path / "*.tar"), epochs=1)], bucket=bucket)
+        frames, padded = 0, 0
+        for batch in open_loader(data, collate, 8, lengths=collate.lengths):
+            speech = batch.inputs["speech"].tensors
+            assert bucket is None or speech["features"].shape[:2].numel() <= 900
+            frames, padded = frames + speech["frames"].sum().item(), padded + speech["features"].shape[:2].numel()
+        assert frames == sum(50 + 5 * (i * 7 % 40) for i in range(40))
+        assert (frames > 0.9 * padded) == (bucket is not None)
 
 
 def test_each_loss_reaches_what_it_trains_and_nothing_else(model):

@@ -1,8 +1,10 @@
+import json
 import random
+from itertools import islice, pairwise
 
 import pytest
 import torch
-from herdkit.data.loader import LoaderError
+from herdkit.data.bad_samples import LoaderError
 from herdkit.data.shards import ShardWriter
 from herdkit.data.sources import DataConfig, SourceConfig
 from herdkit.text.row_loader import Phase, RowLoader, plan_phases, with_ramp
@@ -73,27 +75,116 @@ def test_phases_begin_with_the_update_that_reaches_their_tokens(shards):
 
 
 def test_batches_are_what_the_phases_say(shards):
-    batches = take(loader(shards, PHASES), 2 * 12 + 4 * 13)
+    batches = take(loader(shards, PHASES, window=1), 2 * 12 + 4 * 13)
     shapes = [tuple(batch.tokens.shape) for batch in batches]
     assert shapes == [(4, 64)] * 12 + [(4, 128)] * 12 + [(4, 128)] * 52
-    last = torch.cat([batch.tokens for batch in batches[2 * 12 + 4 * 11 :]])
-    assert (last[last != PAD] > 1000).all(), "only code is left"
+    last = torch.cat([batch.tokens.flatten() for batch in batches[2 * 12 + 4 * 11 :]])
+    assert len(last[(last != PAD) & (last <= 1000)].unique()) <= 1, "only code is left, and the rest of one document"
 
 
-def test_every_document_comes_once_before_any_comes_twice(shards):
-    data = config(shards, sources=[SourceConfig(shards=str(shards / "web" / "*.tar"), name="web")])
-    of_loader = loader(shards, data=data, window=100)
-    lengths = dict.fromkeys(range(1, 701), 0)
-    while of_loader._windows.consumed <= 700 or of_loader._given < len(of_loader._rows):
-        for row in next(of_loader).tokens.tolist():
-            for token in row:
-                if token != PAD:
-                    lengths[token] += 1
+def limited(shards, web=1.0, code=1.0):
+    data = config(shards)
+    for source in data.sources:
+        source.epochs = {"web": web, "code": code}[source.name]
+    return data
+
+
+def counted(batches):
+    """How many tokens of each document are in the batches."""
+    tokens = torch.cat([batch.tokens.flatten() for batch in batches if batch is not None])
+    return dict(enumerate(torch.bincount(tokens, minlength=2000).tolist()))
+
+
+def lengths_of(shards, passes):
+    """How many tokens of each document so many passes of the sources have."""
+    readers = loader(shards).readers
+    encoded = {name: encode(reader[i] for i in range(len(reader))) for name, reader in readers.items()}
+    return {tokens[0]: passes[name] * len(tokens) for name, documents in encoded.items() for tokens in documents}
+
+
+SHRINKING = [
+    Phase(from_tokens=2000, row_length=16),
+    Phase(from_tokens=2100, row_length=32),  # begins while documents of the first phase are still left
+    Phase(from_tokens=2400, row_length=256, weights={"web": 0}),
+    Phase(from_tokens=9000, weights={"web": 1, "code": 0}, batch_size=4, accumulate=1),
+    Phase(from_tokens=12_000, row_length=48, weights={"code": 1}),
+]
+
+
+@pytest.mark.parametrize("phases", [(), PHASES[:2], SHRINKING])
+@pytest.mark.parametrize("window", [1, 100, 3000])
+def test_every_document_comes_as_often_as_its_source_may(shards, phases, window):
+    data = limited(shards, web=1, code=2)
+    of_loader = loader(shards, phases, data=data, window=window)
+    batches = list(of_loader)
     of_loader.close()
-    wanted = {sample[0]: len(sample) for sample in encode(of_loader.readers["web"][i] for i in range(700))}
-    again = {number for number, length in lengths.items() if length == 2 * wanted[number]}
-    assert all(lengths[number] in (wanted[number], 2 * wanted[number]) for number in wanted)
-    assert 90 < len(again) <= 200, "of the windows that were read ahead"
+    wanted = lengths_of(shards, {"web": 1, "code": 2})
+    found = counted(batches)
+    assert {number: found[number] for number in wanted} == wanted
+    assert of_loader.consumed == 1300
+    if phases:
+        assert {batch.tokens.shape[1] for batch in batches} == {64, *(phase.row_length or 64 for phase in phases)}
+
+
+def test_phases_that_begin_within_a_window_resume_exactly(shards):
+    data = limited(shards)
+    first, second = (loader(shards, SHRINKING, data=data, window=300) for _ in range(2))
+    straight, states = [], []
+    for batch in first:
+        straight.append(batch)
+        states.append(json.loads(json.dumps(first.state_dict())))
+    # Also where a phase begins before the documents of the one before its last are given out.
+    assert max(len(state["given"]) for state in states) >= 3
+    assert max(len(json.dumps(state)) for state in states) < 700
+    changes = [i for i, (a, b) in enumerate(pairwise(states)) if len(a["given"]) != len(b["given"])]
+    for at in sorted({*changes, *(i + 1 for i in changes), 5, len(states) - 2}):
+        second.load_state_dict(states[at])
+        assert second.state_dict() == states[at]
+        assert rows(islice(second, 12)) == rows(straight[at + 1 : at + 13])
+    first.close()
+    second.close()
+
+
+def test_bad_documents_are_left_out_and_counted_once(shards):
+    def fussy(samples):
+        if any(sample.key.endswith("7") for sample in samples):
+            raise ValueError("sevens are broken")
+        return encode(samples)
+
+    data = limited(shards)
+    data.on_bad = "skip"
+    planned = plan_phases(SHRINKING, TRAINER, data)
+    options = {"window": 150, "world_size": 2}
+    ranks = [RowLoader(data, planned, fussy, PAD, rank=rank, **options) for rank in range(2)]
+    batches = [next(one) for _ in range(30) for one in ranks]
+    state = json.loads(json.dumps(ranks[0].state_dict()))
+    before = list(ranks[0].bad)
+    assert ranks[1].bad == before
+    again = RowLoader(data, planned, fussy, PAD, window=150)
+    again.load_state_dict(state)
+    assert again.bad == []
+    assert again.bad_count == len(before) > 10
+    batches += list(again)
+    assert {(bad.key, "web" in bad.shard) for bad in [*before, *again.bad]} == {
+        (f"{i:04d}", web) for web, count in ((True, 700), (False, 300)) for i in range(7, count, 10)
+    }
+    assert again.bad_count == 100
+    wanted = lengths_of(shards, {"web": 1, "code": 1})
+    wanted = {number: length for number, length in wanted.items() if number % 10 != 8}  # tokens are numbers plus one
+    found = counted(batches)
+    assert {number: length for number, length in found.items() if number and length} == wanted
+    data.max_bad = 50
+    with pytest.raises(LoaderError, match="more than max_bad 50 allows"):
+        list(RowLoader(data, planned, fussy, PAD, window=150))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all_processes_end_at_the_same_step(shards, world_size):
+    data = limited(shards)
+    alone = list(loader(shards, PHASES[:2], data=data))
+    shared = [list(loader(shards, PHASES[:2], rank, world_size, data=data)) for rank in range(world_size)]
+    assert {len(batches) for batches in shared} == {len(alone)}
+    assert rows(part for parts in zip(*shared, strict=True) for part in parts if part is not None) == rows(alone)
 
 
 def test_rows_are_nearly_full(shards):
@@ -134,6 +225,8 @@ def test_a_state_of_other_sources_is_refused(shards):
     other = loader(shards, data=config(shards, seed=4))
     with pytest.raises(LoaderError, match="seed"):
         other.load_state_dict(state)
+    with pytest.raises(LoaderError, match="windows of 200, not 100"):
+        loader(shards, window=100).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,21 @@ def test_the_log_of_two_processes_is_that_of_one(finish, tmp_path):
     assert two[2]["evaluation"].keys() == {"random"}
 
 
+def test_a_process_without_a_sample_takes_part_in_the_last_update(toys, finish, tmp_path):
+    arguments = {"mode": "gradients", "steps": 3, "dropout": 0.0, "dtype": "float64", "end": 17}
+    assert toys.ToyLoader(4, rank=0, world_size=2, end=17).__iter__().__next__() is not None
+    assert list(toys.ToyLoader(4, rank=0, world_size=2, end=17))[-1] is None
+    for processes in (1, 2):
+        run_dir, out = str(tmp_path / f"run{processes}"), str(tmp_path / f"out{processes}")
+        assert finish(processes, run_dir=run_dir, out=out, **arguments) == [0] * processes
+    (alone,), shared = saved(tmp_path / "out1", 1), saved(tmp_path / "out2", 2)
+    for name, wanted in alone["model"].items():
+        for one in shared:
+            if name != "text.seen":
+                assert_close(one["model"][name], wanted, 1e-9)
+    assert shared[0]["result"]["tokens"] == shared[1]["result"]["tokens"] == alone["result"]["tokens"]
+
+
 def test_two_processes_resume_bitwise(finish, tmp_path):
     for name, number in (("straight", None), ("run", 6)):
         mode = "whole" if number is None else "kill"

@@ -351,8 +351,18 @@ def test_evaluation_leaves_no_trace_in_training(toys, run, tmp_path):
 
 
 def test_a_loader_that_ends_is_an_error(toys, run):
-    with pytest.raises(LoaderExhaustedError, match="ended at step 2 of 12"):
+    with pytest.raises(LoaderExhaustedError, match=r"ended at step 2 of 12, all 16 samples.*trainer.steps to 2"):
         run(loader=toys.ToyLoader(8, end=16))
+
+
+def test_the_last_update_is_made_of_what_there_is(toys, run):
+    whole, result, _ = run(steps=3, loader=toys.ToyLoader(8, end=21))
+    in_pieces, again, _ = run(name="pieces", steps=3, loader=toys.ToyLoader(2, end=21), trainer={"accumulate": 4})
+    assert result["tokens"] == again["tokens"]
+    batches = list(toys.ToyLoader(8, end=21))
+    assert [len(batch["tokens"]) for batch in batches] == [8, 8, 5]
+    for a, b in zip(whole.parameters(), in_pieces.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_metric_with_the_name_of_a_field(toys, run):

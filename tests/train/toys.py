@@ -72,7 +72,7 @@ def sample(position, dtype, images):
 
 
 class ToyLoader:
-    """Batch s of rank r is the positions from s * batch * world + r * batch on."""
+    """Batch s of rank r is the positions from s * batch * world + r * batch on; the rest at `end` is shared out."""
 
     def __init__(self, batch_size, rank=0, world_size=1, dtype=torch.float32, images=range(10**6), end=None):
         self.batch_size, self.rank, self.world_size, self.dtype = batch_size, rank, world_size, dtype
@@ -81,10 +81,13 @@ class ToyLoader:
 
     def __iter__(self):
         while self.end is None or self.consumed < self.end:
-            first = self.consumed + self.rank * self.batch_size
-            self.consumed += self.batch_size * self.world_size
-            samples = [sample(first + i, self.dtype, self.images) for i in range(self.batch_size)]
-            yield {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+            count = self.batch_size * self.world_size
+            if self.end is not None:
+                count = min(count, self.end - self.consumed)
+            first, last = (self.consumed + count * rank // self.world_size for rank in (self.rank, self.rank + 1))
+            self.consumed += count
+            samples = [sample(position, self.dtype, self.images) for position in range(first, last)]
+            yield {key: torch.stack([s[key] for s in samples]) for key in samples[0]} if samples else None
 
     def state_dict(self):
         return {"consumed": self.consumed}
@@ -157,7 +160,9 @@ def recorded_gradients():
     return updates, register_optimizer_step_pre_hook(record)
 
 
-def main(mode, run_dir, steps=12, dropout=0.3, number=0, environ=None, out=None, dtype="float32", images=None):
+def main(
+    mode, run_dir, steps=12, dropout=0.3, number=0, environ=None, out=None, dtype="float32", images=None, end=None
+):
     torch.set_num_threads(1)
     os.environ.update(environ or {})
     if mode == "kill-in-save":
@@ -187,6 +192,7 @@ def main(mode, run_dir, steps=12, dropout=0.3, number=0, environ=None, out=None,
             world,
             dtype,
             range(10**6) if images is None else images,
+            end,
         )
         result = train(
             model,

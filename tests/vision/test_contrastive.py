@@ -43,8 +43,12 @@ def test_loss_and_gradients_are_those_of_open_clip():
     assert metrics["image_to_text"] == (by_hand, 6)
 
 
+SHARES = [4, 2]
+"""Pairs of each process: one of them has left out two bad samples."""
+
+
 def losses_of_rank(rank: int, folder: str) -> dict[str, list[torch.Tensor]]:
-    """Joins the two processes; loss and gradients of one rank's half, summed over ranks as a trainer does."""
+    """Joins the two processes; loss and gradients of one rank's share, summed over ranks as a trainer does."""
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=150))
     inputs, weights = pairs()
@@ -53,7 +57,7 @@ def losses_of_rank(rank: int, folder: str) -> dict[str, list[torch.Tensor]]:
         for negatives in ("global", "local"):
             weights = weights.detach().requires_grad_()
             log_scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
-            images, texts = towers(inputs.chunk(2, dim=1)[rank], weights)
+            images, texts = towers(inputs.split(SHARES, dim=1)[rank], weights)
             loss, count, _ = clip_loss(images, texts, log_scale.exp(), negatives=negatives)
             loss.backward()
             sums = [loss.detach(), weights.grad, log_scale.grad, torch.tensor(count)]
@@ -83,8 +87,8 @@ def test_two_processes_are_one_big_batch(tmp_path):
     log_scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     images, texts = towers(inputs, weights)
     whole = open_clip.ClipLoss()(images, texts, log_scale.exp())
-    halves = zip(images.chunk(2), texts.chunk(2), strict=True)
-    apart = sum(open_clip.ClipLoss()(i, t, log_scale.exp()) for i, t in halves) / 2
+    shares = zip(images.split(SHARES), texts.split(SHARES), SHARES, strict=True)
+    apart = sum(n * open_clip.ClipLoss()(i, t, log_scale.exp()) for i, t, n in shares) / sum(SHARES)
     for negatives, loss in (("global", whole), ("local", apart)):
         expected = [loss, *torch.autograd.grad(loss, (weights, log_scale), retain_graph=True)]
         for ours, theirs in zip(out[negatives], expected, strict=True):

@@ -1,5 +1,6 @@
 """Tiles against the release's processor in transformers, and what a preparation promises its adapter."""
 
+import io
 import pickle
 import random
 import time
@@ -108,6 +109,17 @@ def test_preparations_keep_the_contract(tmp_path):
     assert torch.equal(prepare([loaded])["tiles"], prepare([image])["tiles"])
     with pytest.raises(ValueError, match="0 x 5"):
         arrange(5, 0, 28, 4)
+
+
+def test_sizes_are_numbers_of_tiles_found_without_decoding():
+    prepare = ImagePreparation(tile_size=28)
+    for height, width in ((20, 20), (28, 100), (100, 28), (60, 60), (90, 30)):
+        image = Image.new("RGB", (width, height))
+        file = io.BytesIO()
+        image.save(file, "png")
+        tiles = prepare([image])["n_tiles"].item()
+        assert prepare.size(file.getvalue()) == prepare.size(image) == tiles
+    assert VideoPreparation(frames=3, tile_size=28, max_tiles=4).size(b"any clip") == 12
 
 
 def test_frames_are_cut_like_pictures():
