@@ -101,7 +101,7 @@ def _index_one(job: Job) -> Report:
     try:
         found = load_index(open_file(path, cache), cache, folder, rebuild=rebuild, beside_remote=True)
     except OSError as error:
-        return Report(faults=[Fault(str(path), 0, f"cannot be read: {error.strerror or error}")])
+        return Report(faults=[Fault(str(path), 0, f"cannot open: {error.strerror or error}")])
     counts = {"samples": len(found), "members": len(found.offsets), "bytes": found.stamp.size}
     kinds, ignored = Counter(found.kinds()), Counter(found.ignored)
     return Report(**counts, kinds=kinds, ignored=ignored, unsafe=found.unsafe, faults=found.faults)

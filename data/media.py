@@ -58,8 +58,8 @@ _LIBAV_OPTIONS = {
 
 
 class MediaError(ValueError):
-    """A medium that cannot be decoded: "<file>: <reason>", one line. `reason` is the second part, `source` what was to be
-    decoded."""
+    """A medium that cannot be decoded: "<file>: <reason>", one line. `reason` is the second part, `source` what was to
+    be decoded."""
 
     source: Any = None
 

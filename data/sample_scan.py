@@ -1,7 +1,8 @@
 """Groups the members of a tar into samples, and decides which of them are good.
 
 Where bytes were lost nobody knows what they held, so that the samples on both sides of them may lack members. Such a
-sample is taken for whole if others of the shard have the same members and none has more. No sample is left out
+sample is taken for whole if others of the shard have the same members and none has more, or if what was lost was one
+member that makes a sample of its own. No sample is left out
 without a fault that names it, or the bytes in which it was.
 """
 
@@ -196,8 +197,9 @@ class _Judge:
         return merged
 
     def _read_damages(self, has_long_names: bool) -> set[int]:
-        """Records what the scan found; returns the samples beside it."""
+        """Records what the scan found; returns the samples beside it that may lack members."""
         beside: set[int] = set()
+        beside_one: dict[int, list[bytes]] = {}
         self.hinted: set[bytes] = set()
         for count, damage in self.runs.damages:
             key, member = split(damage.name)
@@ -209,11 +211,28 @@ class _Judge:
             if (hinted := split(damage.hint)[0]) is not None:
                 self.hinted.add(hinted)
             place = int(np.searchsorted(self.members, count))
-            for neighbour in range(max(0, place - 1), min(place + 1, len(self.members))):
-                beside.add(self.sample_of[self._run_of(neighbour)])
+            # A member whose name is known lies between what was lost and the one before.
+            first = place if damage.name else max(0, place - 1)
+            for neighbour in range(first, min(place + 1, len(self.members))):
+                sample = self.sample_of[self._run_of(neighbour)]
+                if damage.alone:
+                    beside_one.setdefault(sample, []).append(damage.hint)
+                else:
+                    beside.add(sample)
             if place < len(self.members) and self.members[place] == count:
                 self._doubt_name(place, has_long_names)
+        whole = {held for sample, held in self.held.items() if sample not in beside and sample not in beside_one}
+        for sample, lost in beside_one.items():
+            if not all(self._makes_sample(name, whole) for name in lost):
+                beside.add(sample)
         return beside - {-1}
+
+    def _makes_sample(self, name: bytes, whole: set[frozenset[int]]) -> bool:
+        """Whether a member is a sample by itself: no other has its key, and some have just such a member."""
+        key, extension = split(name)
+        if key is None or extension not in self.runs.names or key in self.runs.keys:
+            return False
+        return frozenset({self.runs.names.index(extension)}) in whole
 
     def _run_of(self, place: int) -> int:
         return int(np.searchsorted(self.starts, place, "right")) - 1

@@ -95,7 +95,7 @@ def survey_shards(shards: str | os.PathLike | Iterable[str | os.PathLike], cache
         try:
             index = load_index(open_file(path, cache), cache)
         except OSError as error:
-            damaged.append(Problem(str(path), "", f"cannot be read: {error.strerror or error}"))
+            damaged.append(Problem(str(path), "", f"cannot open: {error.strerror or error}"))
             continue
         damaged += [Problem(str(path), fault.key or "", fault.reason) for fault in index.faults]
         if index.faults and not len(index):

@@ -99,7 +99,8 @@ def chained(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The blocks that are headers if the first one is, and their sizes: every block (N, 512) is read as if it were a
     header with a size of eleven digits, and only those that lead from one to the next are kept."""
     digits, end = blocks[:, 124:135] - np.uint8(ord("0")), len(blocks)
-    sizes, wrong = digits @ _OCTAL, (digits > 7).any(1)
+    sizes = digits @ _OCTAL
+    wrong: np.ndarray = (digits > 7).any(1)
     following = np.arange(1, end + 1) + (sizes + (BLOCK - 1)) // BLOCK
     following[wrong] = end
     steps, chain, place = following.tolist(), [], 0

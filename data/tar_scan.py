@@ -67,6 +67,7 @@ class Damage(NamedTuple):
         name: the member that is wrong or lost, where that is certain.
         gap: whether members that nobody knows of may be lost here.
         hint: the name that a damaged header seems to hold.
+        alone: whether the member with that name is all that is lost: the next header stands where its size says.
         skipped: bytes from `offset` on that could not be read.
     """
 
@@ -75,6 +76,7 @@ class Damage(NamedTuple):
     name: bytes = b""
     gap: bool = True
     hint: bytes = b""
+    alone: bool = False
     skipped: int = 0
 
 
@@ -253,7 +255,7 @@ class TarScan:
         if last[0] and (inside := self._find_overrun(last[1], offset)) is not None:
             yield Damage(inside, f"bytes are missing before byte {inside}, inside {shown(last[0])}", last[0])
             return inside
-        following = self._after_damaged(offset, header)
+        following, has_size = self._after_damaged(offset, header)
         what = "damaged header at byte"
         if offset == 0 and following is None:
             what = "truncated or damaged near byte 0: no tar header at byte"
@@ -261,20 +263,21 @@ class TarScan:
         if header[156] not in _EXTENDED and b"." in name and name.isascii() and name.decode("ascii").isprintable():
             hint = name
         reads = f", where one can still read {shown(hint)}" if hint else ""
-        yield self._skipping(offset, following, f"{what} {offset}{reads}", lost, hint)
+        damage = self._skipping(offset, following, f"{what} {offset}{reads}", lost, hint)
+        yield damage._replace(alone=has_size and hint != b"")
         return following
 
-    def _after_damaged(self, offset: int, header: bytes) -> int | None:
-        """The header that follows a damaged one: right behind its data, if its size is right."""
+    def _after_damaged(self, offset: int, header: bytes) -> tuple[int | None, bool]:
+        """The header that follows a damaged one, and whether its size leads there."""
         data, size = offset + BLOCK, number(header[124:136])
-        following = data + padded(max(size, 0))
+        following, has_size = data + padded(max(size, 0)), size >= 0
         if not is_header(self._read(following, BLOCK)):
-            following = self._find_header(offset)
+            following, has_size = self._find_header(offset), False
         elif (inside := self._find_overrun(data, following)) is not None:
-            following = inside
+            following, has_size = inside, False
         lost = self._read(offset, min(_CHUNK, (self._end if following is None else following) - offset))
         self.has_long_names |= matters(lost)
-        return following
+        return following, has_size
 
     def _ended(self, offset: int, header: bytes) -> Events:
         if self._end == 0:

@@ -1,18 +1,25 @@
 import json
+from dataclasses import asdict
 
 import torch
 from herdkit.data.bad_samples import BadSample
 from herdkit.data.loader import Loader
 from herdkit.data.mixture import Mixture
-from herdkit.data.shards import Sample
+from herdkit.data.shards import Fault, Sample
 from herdkit.train import latest_complete, parallel, train
 from herdkit.train.bad_samples import BadSampleLog
 
 BAD = {3, 10, 11, 30}
 
 
+class Samples(list):
+    def __init__(self, *items):
+        super().__init__(*items)
+        self.faults = []
+
+
 def toy_loader(toys, batch_size=8):
-    samples = [Sample(str(i), "a.tar", {}) for i in range(40)]
+    samples = Samples(Sample(str(i), "a.tar", {}) for i in range(40))
 
     def collate(pairs):
         for _, one in pairs:
@@ -62,6 +69,25 @@ def test_a_resumed_run_has_each_bad_sample_once(toys, tmp_path):
     assert result["bad_samples"] == 8
     state = json.loads((latest_complete(tmp_path / "run") / "state.json").read_text())
     assert state["loader"]["bad"] == 8
+
+
+def test_faults_of_shards_come_first_and_once(toys, tmp_path):
+    fault = Fault("a.tar", 512, "damaged header at byte 512", "7", "json", 1024)
+
+    def faulty_loader():
+        loader = toy_loader(toys)
+        loader.mixture.readers[0].faults.append(fault)
+        return loader
+
+    for _ in range(2):  # the second run begins anew, since the first was killed before its first checkpoint
+        BadSampleLog(tmp_path, faulty_loader())
+        assert lines(tmp_path) == [{"step": 0, **asdict(fault)}]
+    train(toys.Toy(), faulty_loader(), toys.objective, run_dir=tmp_path, **toys.configs(steps=5))
+    BadSampleLog(tmp_path, faulty_loader(), step=4)
+    written = lines(tmp_path)
+    assert written[0] == {"step": 0, **asdict(fault)}
+    assert len(written) > 1
+    assert all(line["step"] > 0 for line in written[1:])
 
 
 def test_what_other_processes_left_out_is_written_and_told(tmp_path, monkeypatch):
