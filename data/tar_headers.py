@@ -100,7 +100,7 @@ def chained(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     header with a size of eleven digits, and only those that lead from one to the next are kept."""
     digits, end = blocks[:, 124:135] - np.uint8(ord("0")), len(blocks)
     sizes = digits @ _OCTAL
-    wrong: np.ndarray = (digits > 7).any(1)
+    wrong = np.any(digits > 7, axis=1)
     following = np.arange(1, end + 1) + (sizes + (BLOCK - 1)) // BLOCK
     following[wrong] = end
     steps, chain, place = following.tolist(), [], 0

@@ -66,7 +66,7 @@ def test_faults(folder, capsys):
         assert (result["faults"], result["damaged_shards"], result["shards"]) == (len(lines) - 1, 2, 4)
         assert lines[0].startswith(f"{folder}/1.tar: damaged header at byte 9216, where one can still read 14.txt")
         assert lines[1].startswith(f"{folder}/1.tar: truncated at byte")
-        assert lines[-2] == f"{folder}/none.tar: cannot be read: No such file or directory"
+        assert lines[-2] == f"{folder}/none.tar: cannot open: No such file or directory"
         assert err == f"herdkit: {result['faults']} faults in 2 of 4 shards\n"
         assert 40 < result["samples"] < 60
 
