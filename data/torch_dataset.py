@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from .bad_samples import BadSample
 from .buckets import BucketConfig, Lengths
-from .shards import Sample
+from .shards import Fault, Sample
 from .sources import DataConfig, SourceConfig, build_loader, mix, open_sources
 from .steps import Prepared, StepLoader
 
@@ -47,7 +47,8 @@ class ShardDataset(IterableDataset):
         rank, world_size: of this process. Default: those of torch.distributed, or of torchrun's environment.
         drop_last: leaves out a last step that would not give every rank a whole batch, so that all ranks take equally
             many. Default: where there are several ranks.
-        on_bad, max_bad: what becomes of bad samples; see `herdkit.data.steps.LoaderOptions`. `bad` lists them.
+        on_bad, max_bad: what becomes of bad samples and of damage in shards; see `DataConfig`. `bad` and `faults` list
+            them.
         bucket, lengths: for batches by length; see `herdkit.data.buckets`.
         threads, prefetch: where it is iterated by itself, and batches prepared ahead there.
 
@@ -92,6 +93,11 @@ class ShardDataset(IterableDataset):
     def bad(self) -> list[BadSample]:
         """The samples left out of the batches taken, by this rank since it started."""
         return self.loader.bad
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is damaged in the shards and left out of the order."""
+        return self.loader.faults
 
     def __iter__(self) -> Iterator[Any]:
         for ready in self.prepared():

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from herdkit.data import BucketConfig, LoaderError, ShardDataset, ShardLoader, ShardWriter, SourceConfig
+from herdkit.data import BucketConfig, LoaderError, ShardDataset, ShardError, ShardLoader, ShardWriter, SourceConfig
 from torch.utils.data import DataLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -158,6 +158,25 @@ def test_a_plain_dataloader_stops_at_bad_samples_too(shards):
     skipping = dataset(shards, transform=half_bad, on_bad="skip", max_bad=5)
     with pytest.raises(LoaderError, match=r"\d bad samples of"):
         list(DataLoader(skipping, batch_size=None, num_workers=1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_damaged_in_shards_is_left_out_and_known(tmp_path, num_workers):
+    with ShardWriter(tmp_path / "a" / "%d.tar", max_count=10) as writer:
+        for i in range(30):
+            writer.write(f"a{i}", {"txt": str(i)})
+    damaged = tmp_path / "a" / "1.tar"
+    content = bytearray(damaged.read_bytes())
+    content[3 * 1024 + 140] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ShardError, match=r"1.tar: damaged header at byte 3072, where one can still read a13.txt"):
+        dataset(tmp_path)
+    loader = ShardLoader(dataset(tmp_path, on_bad="skip", max_bad=1), num_workers)
+    assert sorted(n for batch in loader for n in batch.tolist()) == [n for n in range(30) if n != 13]
+    [fault] = loader.dataset.faults
+    assert (fault.shard, fault.offset, fault.key, fault.member) == (str(damaged), 3072, "a13", "txt")
+    with pytest.raises(LoaderError, match=r"1 bad samples of 29 are more than max_bad 0 allows"):
+        dataset(tmp_path, on_bad="skip", max_bad=0)
 
 
 def length(sample):
