@@ -301,13 +301,14 @@ def generate(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     from .adapters.model_directory import load
+    from .text.generate import KeptPrompt
 
     model = load(options.model)
     if options.int8:
         from .text.quantisation import quantise
 
         quantise(model.text)
-    settings = {**sampling(options), "seed": options.seed}
+    settings = {**sampling(options), "seed": options.seed, "kept": KeptPrompt()}
     messages: list[dict] = [{"role": "system", "content": options.system}] if options.system else []
     media = [{"type": kind, kind: file} for kind in ("image", "video", "audio") for file in getattr(options, kind)]
 

@@ -28,7 +28,8 @@ def reply(model: ComposedModel, messages: Dialog, **options: Any) -> str:
         messages: `{"role": ..., "content": ...}` each; content is a string or a list of parts
             (`{"type": "text", "text": ...}`, `{"type": "image", "image": path, bytes or picture}`, ...).
         options: `seed`, and the fields of `SamplingOptions`: `max_new_tokens` (256), `temperature` (0: greedy),
-            `top_k`, `top_p`, `min_p`, `stop_strings`.
+            `top_k`, `top_p`, `min_p`, `stop_strings`. `kept`: a `KeptPrompt`, so that of a dialog without media only
+            what has come since the last call is run.
 
     Raises:
         DialogError: the messages break the schema. MediaError: a medium cannot be read.
@@ -41,8 +42,10 @@ def stream_reply(model: ComposedModel, messages: Dialog, **options: Any) -> Iter
     """The same answer in pieces of whole characters, as they are generated. Errors arise at the call, not at
     the first piece."""
     prompts, inputs, tokenizer = encode_prompts(model, [messages])
+    kept = options.pop("kept", None)
     sampling, seed = _sampling(tokenizer, options)
-    return stream_text(model.text, tokenizer, prompts[0], sampling, seed=seed, forward=decoder(model, inputs))
+    way = {"kept": kept} if kept is not None and not inputs else {"forward": decoder(model, inputs)}
+    return stream_text(model.text, tokenizer, prompts[0], sampling, seed=seed, **way)
 
 
 def reply_batch(model: ComposedModel, dialogs: Sequence[Dialog], **options: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from .cache import BranchedCache, KVCache
 from .completion import Completion
 from .dialog import EncodedDialog, encode_dialog, encode_prompt
-from .generate import generate, stream, stream_text
+from .generate import KeptPrompt, generate, stream, stream_text
 from .interchange import (
     config_from_hf,
     config_from_meta,
@@ -24,6 +24,7 @@ __all__ = [
     "Completion",
     "EncodedDialog",
     "KVCache",
+    "KeptPrompt",
     "Reply",
     "RopeScaling",
     "SamplingOptions",

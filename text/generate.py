@@ -48,6 +48,7 @@ def generate(
     step: Forward | None = None,
     slots: int | None = None,
     speculation: Speculation | None = None,
+    kept: KeptPrompt | None = None,
 ) -> list[Completion]:
     """Continues every prompt; a row does not depend on the others.
 
@@ -64,6 +65,7 @@ def generate(
         slots: of that cache, for the longest prompt and what is generated. Requests of one number of rows and slots
             share a compiled step. Default: the next multiple of STATIC_SLOTS.
         speculation: a draft model that proposes tokens.
+        kept: what an earlier request left, for one prompt, one sample and none of `forward`, `step` and `speculation`.
 
     Returns: P * N completions; sample n of prompt p is number p * N + n.
 
@@ -71,7 +73,7 @@ def generate(
         ValueError: an argument out of range, an empty prompt, more tokens than the model's `max_seq_len`, arguments
             that exclude each other.
     """
-    request = _Request(model, prompts, options, samples, seed, tokenizer, forward, step, slots, speculation)
+    request = _Request(model, prompts, options, samples, seed, tokenizer, forward, step, slots, speculation, kept)
     for _ in request.steps():
         pass
     return [row.completion for row in request.rows]
@@ -87,9 +89,10 @@ def stream(
     forward: Forward | None = None,
     step: Forward | None = None,
     speculation: Speculation | None = None,
+    kept: KeptPrompt | None = None,
 ) -> Iterator[int]:
     """`generate` for one prompt, token by token. Errors arise at the call, not at the first token."""
-    request = _Request(model, [prompt], options, 1, seed, tokenizer, forward, step, None, speculation)
+    request = _Request(model, [prompt], options, 1, seed, tokenizer, forward, step, None, speculation, kept)
 
     def tokens() -> Iterator[int]:
         given, new = 0, request.rows[0].completion.tokens
@@ -127,8 +130,9 @@ class _Request:
         step: Forward | None,
         slots: int | None,
         speculation: Speculation | None,
+        kept: KeptPrompt | None,
     ):
-        self.model, self.prompts, self.samples = model, prompts, samples
+        self.model, self.prompts, self.samples, self.kept = model, prompts, samples, kept
         self.options = options = options or SamplingOptions()
         self.forward, self.step, self.slots, self.speculation = forward, step, slots, speculation
         self._check(tokenizer)
@@ -145,6 +149,10 @@ class _Request:
             raise ValueError("give only one of forward, step and speculation")
         if self.forward is not None and self.samples > 1:
             raise ValueError("an own forward takes one sample a prompt; repeat the prompts and their inputs instead")
+        if self.kept is not None:
+            others = (self.forward, self.step, self.speculation)
+            if any(way is not None for way in others) or len(self.prompts) != 1 or self.samples != 1:
+                raise ValueError("kept goes with one prompt, one sample, and no forward, step or speculation")
         if self.slots is not None and self.step is None:
             raise ValueError("slots are those of the static cache, which only a step uses")
         if self.speculation is not None:
@@ -184,6 +192,7 @@ class _Request:
         of_row = torch.arange(len(prompts), device=hidden.device).repeat_interleave(N)
         tokens = _next(self.model.unembed(hidden[of_row]), rows, self.options)
         positions = torch.tensor([len(prompt) for prompt in prompts], device=hidden.device)[of_row]
+        self._keep()
         yield
         if self.speculation is not None:
             draft_cache, _ = self._prefill(self.speculation.draft, prompts)
@@ -198,6 +207,11 @@ class _Request:
         else:
             cache = cache if N == 1 else cache.rows(of_row)
             yield from self._decode(self.step or self.forward or self._plain, rows, tokens, positions, cache)
+
+    def _keep(self) -> None:
+        """What the cache holds after a step: all but the newest token, which has not been run."""
+        if self.kept is not None:
+            self.kept.tokens = [*self.prompts[0], *self.rows[0].completion.tokens[:-1]]
 
     def _decode(
         self, forward: Callable[..., Tensor], rows: Sequence[Row], tokens: Tensor, positions: Tensor, cache: Cache
@@ -215,6 +229,7 @@ class _Request:
             hidden = forward(tokens[:, None], positions[:, None], cache)[:, 0]
             tokens = _next(self.model.unembed(hidden), rows, self.options)
             positions = positions + 1
+            self._keep()
             yield
 
     def _plain(self, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
@@ -226,6 +241,8 @@ class _Request:
 
     def _prefill(self, model: Transformer, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, Tensor]:
         """A cache with the prompts and room for what follows, and the hidden states (P, D) at their ends."""
+        if self.kept is not None:
+            return self.kept.prefill(model, prompts[0], len(prompts[0]) + self.options.max_new_tokens)
         lengths, longest, slots = [len(p) for p in prompts], max(map(len, prompts)), 0
         if not self._branched:
             slots = self.options.max_new_tokens + (self.speculation.length if self.speculation else 0)
@@ -244,6 +261,35 @@ class _Request:
             found.append(_last(model.hidden(_padded(prompts[chunk], model), cache=cache.rows(chunk)), lengths[chunk]))
             start = chunk.stop
         return cache, torch.cat(found)
+
+
+class KeptPrompt:
+    """The keys and values of what a request read and wrote, so that the next one runs only what differs: the turns of a
+    chat. To be given to one request after another; what a request leaves takes the place of what was there.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        """Those whose keys and values are there."""
+        self._cache: KVCache | None = None
+        self._kind: tuple[Transformer, torch.dtype, torch.device] | None = None
+
+    def prefill(self, model: Transformer, prompt: Sequence[int], slots: int) -> tuple[KVCache, Tensor]:
+        """Runs what of the prompt is not there; the cache and the hidden state (1, D) at the prompt's end."""
+        fresh = _cache(model, 1, slots, growing=True)
+        like, cache = fresh.keys[0], self._cache
+        kind = (model, like.dtype, like.device)
+        if cache is None or self._kind != kind:
+            cache, self.tokens = fresh, []
+            self._cache, self._kind = cache, kind
+        shared = 0
+        while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:
+            shared += 1
+        del self.tokens[shared:]  # should the model fail now, the rest is not to be trusted
+        cache.max_len = slots
+        tokens = torch.tensor([prompt[shared:]], device=like.device)
+        positions = torch.arange(shared, len(prompt), device=like.device)[None] if shared else None
+        return cache, model.hidden(tokens, positions=positions, cache=cache)[:, -1]
 
 
 def static_slots(needed: int) -> int:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from herdkit.text import SamplingOptions, generate, stream, stream_text
+from herdkit.text import KeptPrompt, SamplingOptions, generate, stream, stream_text
 from herdkit.text.compiled import compile_step
 
 PROMPTS = [[5, 9, 77, 3, 120, 8], [4], [33, 2, 64]]
@@ -241,3 +241,83 @@ def test_errors_of_a_stream_arise_at_the_call(model):
 
 def test_no_prompts(model):
     assert generate(model, []) == []
+
+
+class TestKeptPrompt:
+    @pytest.fixture
+    def runs(self, model, monkeypatch):
+        """How many tokens each call of the model ran."""
+        widths = []
+        hidden = model.hidden
+
+        def counted(tokens, **options):
+            widths.append(tokens.shape[1])
+            return hidden(tokens, **options)
+
+        monkeypatch.setattr(model, "hidden", counted)
+        return widths
+
+    @pytest.mark.parametrize("options", [greedy(8), HOT])
+    def test_a_conversation(self, model, runs, options):
+        kept, prompt = KeptPrompt(), [5, 9, 77]
+        for turn in range(3):
+            expected = generate(model, [prompt], options, seed=turn)[0]
+            runs.clear()
+            (given,) = generate(model, [prompt], options, seed=turn, kept=kept)
+            assert given.tokens == expected.tokens
+            torch.testing.assert_close(given.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+            # Of the last turn's answer the last token was never run.
+            assert runs == [3 if turn == 0 else 4, *[1] * (options.max_new_tokens - 1)]
+            assert kept.tokens == [*prompt, *given.tokens[:-1]]
+            prompt = [*prompt, *given.tokens, 7, 8 + turn, 9]
+
+    @pytest.mark.parametrize(
+        ("following", "run"), [([1, 2, 3, 4], 1), ([1, 2, 3], 1), ([1, 2, 9, 4, 5], 3), ([7, 7], 2), ([1], 1)]
+    )
+    def test_only_what_differs_is_run(self, model, runs, following, run):
+        kept = KeptPrompt()
+        generate(model, [[1, 2, 3, 4]], greedy(1), kept=kept)
+        expected = tokens_of(generate(model, [following], greedy(9)))
+        runs.clear()
+        assert tokens_of(generate(model, [following], greedy(9), kept=kept)) == expected
+        assert runs[0] == run
+
+    def test_after_a_stream_that_was_left(self, model):
+        kept = KeptPrompt()
+        tokens = stream(model, [5, 9, 77], greedy(20), kept=kept)
+        begun = [next(tokens) for _ in range(4)]
+        assert kept.tokens == [5, 9, 77, *begun[:3]]
+        prompt = [5, 9, 77, *begun, 3]
+        expected = tokens_of(generate(model, [prompt], greedy(12)))
+        assert tokens_of(generate(model, [prompt], greedy(12), kept=kept)) == expected
+
+    def test_after_an_error_in_the_model(self, model, monkeypatch):
+        kept = KeptPrompt()
+        generate(model, [[5, 9, 77]], greedy(4), kept=kept)
+
+        def fails(*_, **__):
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(model, "hidden", fails)
+            with pytest.raises(RuntimeError):
+                generate(model, [[5, 9, 3, 4]], greedy(4), kept=kept)
+        assert kept.tokens == [5, 9]
+        expected = tokens_of(generate(model, [[5, 9, 77, 1]], greedy(4)))
+        assert tokens_of(generate(model, [[5, 9, 77, 1]], greedy(4), kept=kept)) == expected
+
+    def test_of_another_model(self, model, make_model):
+        kept, other = KeptPrompt(), make_model(max_seq_len=64, seed=5)
+        generate(model, PROMPTS[:1], greedy(4), kept=kept)
+        assert tokens_of(generate(other, PROMPTS[:1], greedy(4), kept=kept)) == tokens_of(
+            generate(other, PROMPTS[:1], greedy(4))
+        )
+        half = make_model(max_seq_len=64).to(torch.bfloat16)
+        generate(half, PROMPTS[:1], greedy(4), kept=kept)
+
+    def test_what_it_excludes(self, model):
+        for arguments in ({"samples": 2}, {"forward": model.hidden}, {"step": model.hidden}):
+            with pytest.raises(ValueError, match="kept goes with one prompt, one sample"):
+                generate(model, PROMPTS[:1], kept=KeptPrompt(), **arguments)
+        with pytest.raises(ValueError, match="kept goes with"):
+            generate(model, PROMPTS, kept=KeptPrompt())
