@@ -124,7 +124,7 @@ def pictures(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Sp
         scene = scenes.sample_scene(rng, split)
         png = encoding.png(drawing.draw_scene(scene, rng))
         about = rng.choice(scenes.held_out_objects(scene)) if split == "combination" else None
-        asked = scenes.questions(scene, rng, about)
+        asked = scenes.lesson(scene, rng) if split == "train" else scenes.questions(scene, rng, about)
         questioned = _questioned(_media("image", "png"), asked, split, rng)
         made.append((sets[0], f"{index:06d}", {"png": png, "json": questioned}))
     return made

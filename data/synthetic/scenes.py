@@ -169,6 +169,17 @@ def questions(scene: Scene, rng: Random, about: SceneObject | None = None) -> li
     return found
 
 
+def lesson(scene: Scene, rng: Random, count: int = 6) -> list[Question]:
+    """Questions to learn from, in random order: always those of the kinds that take a small model longest, and of these
+    two that count the objects of a shape or colour; the others take turns."""
+    asked = questions(scene, rng)
+    another = _count_some(scene, rng, None)
+    if another is not None and all(another.question != question.question for question in asked):
+        asked.append(another)
+    asked.sort(key=lambda question: question.kind not in _LEARNED_LATE)
+    return rng.sample(asked[:count], min(count, len(asked)))
+
+
 def reference(scene_objects: Sequence[SceneObject], one: SceneObject, rng: Random) -> str:
     """Words that fit this object alone: "red star", or half of the time, where it is enough, "star"."""
     alone = sum(o.shape == one.shape for o in scene_objects) == 1
@@ -277,6 +288,7 @@ def _word(scene: Scene, rng: Random, about: SceneObject | None) -> Question | No
     return Question(kind="word", question=form, answer=scene.word, choices=WRITTEN_WORDS, form="the word is {}")
 
 
+_LEARNED_LATE = frozenset({"count shape", "count colour", "object at", "word"})
 _KINDS: tuple[Callable[..., Question | None], ...] = (
     _colour,
     _shape,

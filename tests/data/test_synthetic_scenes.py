@@ -243,3 +243,18 @@ def test_same_seed_gives_the_same_picture():
     scene = scenes.sample_scene(Random(5))
     assert draw_scene(scene, Random(6)).tobytes() == draw_scene(scene, Random(6)).tobytes()
     assert draw_scene(scene, Random(6)).tobytes() != draw_scene(scene, Random(7)).tobytes()
+
+
+def test_a_lesson_asks_what_is_hard_to_learn_and_no_question_twice():
+    counts = 0
+    for seed in range(200):
+        scene = scenes.sample_scene(Random(seed), "train")
+        asked = scenes.lesson(scene, Random(seed))
+        kinds = [question.kind for question in asked]
+        assert 5 <= len(asked) <= 6
+        assert len({question.question for question in asked}) == len(asked)
+        assert "object at" in kinds
+        assert ("word" in kinds) == (scene.word is not None)
+        counts += sum(kind.startswith("count ") for kind in kinds)
+    assert counts > 1.7 * 200
+    assert asked == scenes.lesson(scene, Random(199))
