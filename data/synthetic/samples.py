@@ -124,8 +124,11 @@ def pictures(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Sp
         scene = scenes.sample_scene(rng, split)
         png = encoding.png(drawing.draw_scene(scene, rng))
         about = rng.choice(scenes.held_out_objects(scene)) if split == "combination" else None
-        asked = scenes.lesson(scene, rng) if split == "train" else scenes.questions(scene, rng, about)
-        questioned = _questioned(_media("image", "png"), asked, split, rng)
+        medium = _media("image", "png")
+        if split == "train":
+            questioned: dict[str, Any] = {"messages": _asked(scenes.lesson(scene, rng), medium, rng)}
+        else:
+            questioned = _tested(scenes.questions(scene, rng, about), medium, rng)
         made.append((sets[0], f"{index:06d}", {"png": png, "json": questioned}))
     return made
 
@@ -136,10 +139,8 @@ def _captioned(medium: Part, caption: str, instruction: str, rng: Random) -> lis
     return [user, _assistant(caption)]
 
 
-def _questioned(medium: Part, asked: list[Question], split: Split, rng: Random) -> dict[str, Any]:
-    """Six questions to train on, or as many as there are; one to test with."""
-    if split == "train":
-        return {"messages": _asked(asked[:6], medium, rng)}
+def _tested(asked: list[Question], medium: Part, rng: Random) -> dict[str, Any]:
+    """A dialog of the first question, and what it takes to mark the answer."""
     return {"messages": _asked(asked[:1], medium, rng), **_of(asked[0])}
 
 
@@ -157,8 +158,9 @@ def videos(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Lite
         caption = clips.caption(clip)
         messages = _captioned(medium, caption, texts.DESCRIBE_CLIP, rng)
         made.append((caption_set, key, {container: data, "txt": caption, "json": {"messages": messages}}))
-        asked = _questioned(medium, clips.questions(clip, rng), split, rng)
-        made.append((question_set, key, {container: data, "json": asked}))
+        asked = clips.questions(clip, rng)
+        questioned = {"messages": _asked(asked[:6], medium, rng)} if split == "train" else _tested(asked, medium, rng)
+        made.append((question_set, key, {container: data, "json": questioned}))
     return made
 
 

@@ -169,7 +169,7 @@ def questions(scene: Scene, rng: Random, about: SceneObject | None = None) -> li
     return found
 
 
-def lesson(scene: Scene, rng: Random, count: int = 6) -> list[Question]:
+def lesson(scene: Scene, rng: Random, count: int = 7) -> list[Question]:
     """Questions to learn from, in random order: always those of the kinds that take a small model longest, and of these
     two that count the objects of a shape or colour; the others take turns."""
     asked = questions(scene, rng)

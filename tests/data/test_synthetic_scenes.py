@@ -251,7 +251,7 @@ def test_a_lesson_asks_what_is_hard_to_learn_and_no_question_twice():
         scene = scenes.sample_scene(Random(seed), "train")
         asked = scenes.lesson(scene, Random(seed))
         kinds = [question.kind for question in asked]
-        assert 5 <= len(asked) <= 6
+        assert 5 <= len(asked) <= 7
         assert len({question.question for question in asked}) == len(asked)
         assert "object at" in kinds
         assert ("word" in kinds) == (scene.word is not None)
