@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .adapters.commands import add_show_command
+from .data.command_line import add_command
 from .data.commands import add_shards_commands
 
 
@@ -47,15 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run=run)
-        return sub
+        return add_command(commands, name, run, help, [example])
 
     demo_parser = command(
         "demo", demo, "Train the tiny herd from random weights on made data and ask it.", "herdkit demo --quick"

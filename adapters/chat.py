@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.dialogs import Message, parse_dialog
 from ..text.cache import KVCache
-from ..text.generate import Forward, generate, stream_text
+from ..text.generate import Forward, KeptPrompt, generate, stream_text
 from ..text.sampling import SamplingOptions
 from ..text.tokenizer import Tokenizer
 from .batching import DialogEncoder, Port
@@ -38,14 +38,16 @@ def reply(model: ComposedModel, messages: Dialog, **options: Any) -> str:
     return "".join(stream_reply(model, messages, **options))
 
 
-def stream_reply(model: ComposedModel, messages: Dialog, **options: Any) -> Iterator[str]:
+def stream_reply(
+    model: ComposedModel, messages: Dialog, *, kept: KeptPrompt | None = None, **options: Any
+) -> Iterator[str]:
     """The same answer in pieces of whole characters, as they are generated. Errors arise at the call, not at
     the first piece."""
     prompts, inputs, tokenizer = encode_prompts(model, [messages])
-    kept = options.pop("kept", None)
     sampling, seed = _sampling(tokenizer, options)
-    way = {"kept": kept} if kept is not None and not inputs else {"forward": decoder(model, inputs)}
-    return stream_text(model.text, tokenizer, prompts[0], sampling, seed=seed, **way)
+    if kept is not None and not inputs:
+        return stream_text(model.text, tokenizer, prompts[0], sampling, seed=seed, kept=kept)
+    return stream_text(model.text, tokenizer, prompts[0], sampling, seed=seed, forward=decoder(model, inputs))
 
 
 def reply_batch(model: ComposedModel, dialogs: Sequence[Dialog], **options: Any) -> list[str]:

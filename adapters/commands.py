@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.byte_cache import ByteCache
+from ..data.command_line import add_command
 from ..data.drafts import Problem
 from ..data.index_command import add_cache_options
 from ..data.media_check import kind_of, member_problem
@@ -28,18 +29,18 @@ SHOWN_PROBLEMS = 20
 
 def add_show_command(group: Any) -> None:
     """Adds `show` to the sub-parsers of `herdkit shards`."""
-    help = "Say what is in shards, and make pictures of the first samples: images, clips, spectrograms, dialogs."
-    parser = group.add_parser(
+    parser = add_command(
+        group,
         "show",
-        help=help,
-        description=help,
-        epilog="examples:\n"
-        "  herdkit shards show 'data/train-*.tar' --out look/\n"
-        "  herdkit shards show data/chats/ --tokenizer runs/tiny-herd/model --out look/\n"
-        "  herdkit shards show data/chats/ --sample 000017",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        show,
+        "Say what is in shards, and make pictures of the first samples: images, clips, spectrograms, dialogs.",
+        [
+            "herdkit shards show 'data/train-*.tar' --out look/",
+            "herdkit shards show data/chats/ --tokenizer runs/tiny-herd/model --out look/",
+            "herdkit shards show data/chats/ --sample 000017",
+        ],
+        interrupted="nothing was changed",
     )
-    parser.set_defaults(run=show, interrupted="nothing was changed")
     add = parser.add_argument
     add("shards", nargs="+", metavar="SHARDS", help="files, folders, URLs, or patterns: 'data/train-{000..011}.tar'")
     add("--out", type=Path, metavar="FOLDER", help="for images.png, videos.png, audio.png and dialogs.html")

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .command_line import add_command
 from .drafts import Input, InputError, Problem
 from .folder_tree import FolderTree
 from .index_command import add_index_command
@@ -36,20 +37,20 @@ def add_shards_commands(commands: Any) -> Any:
 
 
 def _add_write(group: Any) -> None:
-    help = "Make shards of a folder of files, or of CSV, JSON Lines or Parquet tables with a sample in each row."
-    parser = group.add_parser(
+    parser = add_command(
+        group,
         "write",
-        help=help,
-        description=help
-        + "\n\nIn a folder, files whose paths agree up to the first dot of the name are one sample. In a table,\n"
+        write,
+        "Make shards of a folder of files, or of CSV, JSON Lines or Parquet tables with a sample in each row.",
+        [
+            "herdkit shards write 'data/photos-%06d.tar' --from photos/",
+            "herdkit shards write 'data/train-%06d.tar' --from captions.csv --key id --file image --text caption",
+            "herdkit shards write 'data/chats-%06d.tar' --from chats.jsonl --dialog messages --shuffle 0 --check",
+        ],
+        details="In a folder, files whose paths agree up to the first dot of the name are one sample. In a table,\n"
         "--file, --text, --content and --dialog say what columns become; all others go into the member json.",
-        epilog="examples:\n"
-        "  herdkit shards write 'data/photos-%06d.tar' --from photos/\n"
-        "  herdkit shards write 'data/train-%06d.tar' --from captions.csv --key id --file image --text caption\n"
-        "  herdkit shards write 'data/chats-%06d.tar' --from chats.jsonl --dialog messages --shuffle 0 --check",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        interrupted="complete shards stay; to begin anew add --existing replace",
     )
-    parser.set_defaults(run=write, interrupted="complete shards stay; to begin anew add --existing replace")
     add = parser.add_argument
     add("pattern", metavar="OUT_PATTERN", help="path of the shards with one number, as in data/train-%%06d.tar")
     add("--from", dest="inputs", type=Path, nargs="+", required=True, metavar="PATH", help="a folder, or tables")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .byte_cache import DEFAULT_LIMIT, ByteCache
+from .command_line import add_command
 from .faults import Fault, ShardError
 from .index_files import load_index
 from .shard_files import expand_shards, open_file
@@ -27,15 +28,14 @@ _MAX_KINDS = 10
 
 def add_index_command(group: Any) -> None:
     """Adds `index` to the sub-parsers of `herdkit shards`."""
-    help = "Index shards by their headers, and print every fault. The exit code is 1 if there are any."
-    parser = group.add_parser(
+    parser = add_command(
+        group,
         "index",
-        help=help,
-        description=help,
-        epilog="example:\n  herdkit shards index 'data/laion/{00000..00099}.tar' --workers 8",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        index,
+        "Index shards by their headers, and print every fault. The exit code is 1 if there are any.",
+        ["herdkit shards index 'data/laion/{00000..00099}.tar' --workers 8"],
+        interrupted="the indexes that are complete stay; the same command goes on",
     )
-    parser.set_defaults(run=index, interrupted="the indexes that are complete stay; the same command goes on")
     add = parser.add_argument
     add("shards", nargs="+", metavar="SHARDS", help="files, folders, URLs, or patterns of these with braces or *")
     add("--index-folder", type=Path, metavar="FOLDER", help="for the indexes (beside each shard)")

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from .permutation import permutation
-from .shards import Fault, Sample
+from .shards import Fault, Sample, ShardReader
 
 MAX_PERIOD = 1 << 16
 
@@ -95,7 +95,7 @@ class Mixture:
     @property
     def faults(self) -> list[Fault]:
         """What is damaged in the sources' shards and left out."""
-        return [fault for reader in self.readers for fault in getattr(reader, "faults", ())]
+        return [fault for reader in self.readers if isinstance(reader, ShardReader) for fault in reader.faults]
 
     def drawn(self, position: int) -> dict[str, int]:
         """How often each source has been drawn before a position, by name."""

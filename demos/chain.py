@@ -102,6 +102,10 @@ class Chain:
         self.console = console
         self.before_training = before_training
         self.seconds: dict[str, float] = {}
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the OpenMP of torch reads it as it is loaded
+        # A process that has imported everything and done nothing else is forked: imports take seconds.
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(sorted({__name__, *(link.stage.run.__module__ for link in links)}))
 
     def train(self) -> None:
         """Trains what is not finished, or was planned otherwise.
@@ -178,11 +182,7 @@ class Chain:
 
     def launch(self, stage: Stage, recipe: StageRecipe, run_dir: Path, threads: int) -> Any:
         """Starts the process that runs a stage."""
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the OpenMP of torch reads it as it is loaded
-        # A process that has imported everything and done nothing else is forked: imports take seconds.
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(sorted({__name__, *(link.stage.run.__module__ for link in self.links)}))
-        process = processes.Process(target=run_stage, args=(stage, recipe, run_dir, threads), name=run_dir.name)
+        process = self.processes.Process(target=run_stage, args=(stage, recipe, run_dir, threads), name=run_dir.name)
         process.start()
         return process
 
