@@ -88,8 +88,11 @@ def find_stage(name: str) -> Stage:
     points = {point.name: point for point in entry_points(group=GROUP)}
     if name not in points:
         near = difflib.get_close_matches(name, points, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(points))}"
-        raise RecipeError(f"stage: no stage is named {name!r}; {hint}")
+        known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(points)) or 'none'}"
+        raise RecipeError(
+            f"stage: no installed package declares a stage {name!r}; {known} (What an editable install declares is "
+            "known once it is installed again.)"
+        )
     return points[name].load()
 
 
