@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..text.attention import dot_product_attention
 from ..text.model import FeedForward, RMSNorm
 from .contract import InterleavedLayer
 
@@ -86,7 +86,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         B, T, _ = x.shape
         queries = self.q_norm(self.wq(x).view(B, T, self.n_heads, self.head_dim)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
+        out = dot_product_attention(
             queries, keys.to(queries.dtype), values.to(queries.dtype), attn_mask=mask, enable_gqa=True
         )
         return self.wo(out.transpose(1, 2).reshape(B, T, -1))

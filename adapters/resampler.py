@@ -7,6 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..text.attention import dot_product_attention
 from ..text.model import FeedForward, RMSNorm
 from .cross_attention import match_queries_to_keys, pass_unchanged
 
@@ -119,6 +120,6 @@ class ResamplerLayer(nn.Module):
         source = torch.cat([self.token_norm(tokens), normed], dim=1)
         queries = rearrange(self.wq(normed), "g n (h d) -> g h n d", h=self.n_heads)
         keys, values = rearrange(self.wkv(source), "g m (two h d) -> two g h m d", two=2, h=self.n_heads)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        out = dot_product_attention(queries, keys, values, attn_mask=mask)
         latents = latents + self.wo(rearrange(out, "g h n d -> g n (h d)"))
         return latents + self.feed_forward(self.ffn_norm(latents))

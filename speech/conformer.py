@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..text.attention import dot_product_attention
+
 
 @dataclass(kw_only=True)
 class ConformerConfig:
@@ -130,7 +132,7 @@ class Attention(nn.Module):
         qk, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).split((2, 1), dim=2)
         q, k = rotate(qk, rotation).to(v.dtype).transpose(1, 3).unbind(2)
         v = v.squeeze(2).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
+        out = dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
         return self.out(out.transpose(1, 2).flatten(2))
 
 

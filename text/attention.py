@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ..train.precision import cpu_has
+
 
 @dataclass
 class DocumentRows:
@@ -103,8 +105,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | DocumentRows | BlockM
         # CUDA's memory-efficient kernel takes masks but no groups; for both together PyTorch falls back to
         # one that stores all T x S weights.
         k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None, enable_gqa=group > 1)
+    out = dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None, enable_gqa=group > 1)
     return out.transpose(1, 2)
+
+
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """torch's `scaled_dot_product_attention`; in float32 inside where a CPU without AMX would run its kernels for
+    bfloat16, which take up to four times as long."""
+    device = q.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    if device != "cpu" or dtype != torch.bfloat16 or cpu_has("amx_bf16"):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast(device, enabled=False):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    return out.to(dtype)
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rows: DocumentRows) -> Tensor:

@@ -152,7 +152,8 @@ class TrainerConfig:
             gives the same updates on any layout. Build the loader with `micro_batch_size(world_size)`.
         accumulate: micro-batches of one update on each process.
         ramp: changes of the two, in the order of their updates. The loader must give what `batch_at` says.
-        precision: of the forward pass; "bfloat16" is autocast, with float32 parameters and gradients.
+        precision: of the forward pass; "bfloat16" is autocast, with float32 parameters and gradients. "auto" is that
+            where the device has units for it, else float32; a run keeps what it started with.
         seed: of dropout and of anything else random while training.
         checkpoint_every: updates between checkpoints; there is always one at the end.
         keep: how many of the newest checkpoints stay on disk.
@@ -166,7 +167,7 @@ class TrainerConfig:
     batch_size: int
     accumulate: int = 1
     ramp: list[BatchChange] = field(default_factory=list)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     seed: int = 0
     checkpoint_every: int = 1000
     keep: int = 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .guard import Guard, Termination, termination
 from .meters import Meters
 from .objective import Loader, Objective, move
 from .optimizer import build_optimizer, set_learning_rate
+from .precision import native_precision
 from .progress import ProgressLine
 from .run_directory import RunDirectoryError, open_run, read_result
 from .schedule import fraction
@@ -132,15 +133,18 @@ class _Run:
     def __post_init__(self) -> None:
         parallel.require_process_group()
         self.config.micro_batch_size(parallel.world_size())
-        configs = {"trainer": self.config, "optimizer": self.optimizer_config, "schedule": self.schedule}
+        self.device = next(self.model.parameters()).device
+        if self.config.precision == "auto":
+            self.config = replace(self.config, precision=parallel.on_first(lambda: native_precision(self.device)))
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        configs = {"optimizer": self.optimizer_config, "schedule": self.schedule}
         self.recipe: dict[str, Any] = {name: as_dict(config) for name, config in configs.items()}
         self.recipe |= {"freeze": [as_dict(rule) for rule in self.freeze], **self.resolved_recipe}
+        self.recipe["trainer"] = as_dict(self.config)  # what is done, where "auto" was asked for
 
         self.trained = ever_trained(self.model, self.freeze)
         if not self.trained:
             raise ValueError("nothing to train: every parameter is frozen")
-        self.device = next(self.model.parameters()).device
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
         self.optimizer = build_optimizer(self.model, self.trained, self.optimizer_config)
         self.frozen = fingerprint(self.model, self.trained)
         self._open()

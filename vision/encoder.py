@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..text.attention import dot_product_attention
 from .packed import Encoder, PackedTiles
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -176,7 +177,7 @@ class Attention(nn.Module):
                 heads.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
                 for heads in part.view(n, length, -1).chunk(3, dim=-1)
             )
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out = dot_product_attention(q, k, v, attn_mask=mask)
             parts.append(out.transpose(1, 2).reshape(n * length, -1))
         return self.out(torch.cat(parts) if len(parts) > 1 else parts[0])
 

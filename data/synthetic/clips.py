@@ -136,6 +136,16 @@ def questions(clip: MovingScene, rng: Random) -> list[Question]:
     return found
 
 
+def lesson(clip: MovingScene, rng: Random, count: int = 8) -> list[Question]:
+    """Questions to learn from, in random order. Which object moves is what takes a small model longest, so of these
+    there is one on every movement; the others take turns."""
+    asked = [kind(clip, rng, movement) for kind in _LEARNED_LATE for movement in clip.movements]
+    late = [question for question in asked if question is not None]
+    others = [question for question in questions(clip, rng) if question.kind not in {one.kind for one in late}]
+    chosen = [*late, *others][:count]
+    return rng.sample(chosen, len(chosen))
+
+
 def _path(clip: MovingScene, movement: Movement) -> str:
     start = clip.objects[movement.index]
     return _path_between(start.column, start.row, movement.direction)
@@ -160,19 +170,22 @@ def _still(clip: MovingScene) -> list[SceneObject]:
     return [o for i, o in enumerate(clip.objects) if i not in moving]
 
 
-def _one_movement(clip: MovingScene, rng: Random) -> tuple[SceneObject, Movement, str]:
-    """An object, its movement, and the words that tell it apart: "moves", "moves first" or "moves last"."""
-    order = rng.randrange(len(clip.movements))
+def _one_movement(
+    clip: MovingScene, rng: Random, movement: Movement | None = None
+) -> tuple[SceneObject, Movement, str]:
+    """An object, its movement, by default any, and the words that tell it apart: "moves", "moves first" or "moves
+    last"."""
+    order = rng.randrange(len(clip.movements)) if movement is None else clip.movements.index(movement)
     words = "moves" if len(clip.movements) == 1 else ("moves first", "moves last")[order]
     movement = clip.movements[order]
     return clip.objects[movement.index], movement, words
 
 
-def _mover(clip: MovingScene, rng: Random) -> Question | None:
+def _mover(clip: MovingScene, rng: Random, movement: Movement | None = None) -> Question | None:
     """The answer says "first" or "last" next to the object that it has to find, as in `scenes.questions` the place."""
     if len(clip.objects) == 1:  # any single frame would do
         return None
-    one, _, words = _one_movement(clip, rng)
+    one, _, words = _one_movement(clip, rng, movement)
     order = words.partition(" ")[2]
     form = rng.choice(("which object {}", "what {}", "what is the object that {}"))
     return Question(
@@ -231,10 +244,10 @@ def _place(clip: MovingScene, rng: Random) -> Question | None:
     )
 
 
-def _happens(clip: MovingScene, rng: Random) -> Question | None:
+def _happens(clip: MovingScene, rng: Random, movement: Movement | None = None) -> Question | None:
     if len(clip.objects) == 1:
         return None
-    _, movement, words = _one_movement(clip, rng)
+    _, movement, words = _one_movement(clip, rng, movement)
     order = words.partition(" ")[2]
     return Question(
         kind="happens",
@@ -257,8 +270,8 @@ def _count(clip: MovingScene, rng: Random) -> Question | None:
     )
 
 
-def _attribute(clip: MovingScene, rng: Random) -> Question | None:
-    one, _, words = _one_movement(clip, rng)
+def _attribute(clip: MovingScene, rng: Random, movement: Movement | None = None) -> Question | None:
+    one, _, words = _one_movement(clip, rng, movement)
     attribute = rng.choice(("colour", "shape"))
     values = {getattr(o, attribute) for o in clip.objects}
     if len(values) < len(clip.objects) or len(values) == 1:
@@ -273,6 +286,7 @@ def _attribute(clip: MovingScene, rng: Random) -> Question | None:
     )
 
 
+_LEARNED_LATE = (_mover, _happens, _attribute)
 _KINDS: tuple[Callable[..., Question | None], ...] = (
     _mover,
     _stays,

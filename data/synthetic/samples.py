@@ -158,8 +158,10 @@ def videos(sets: Sequence[str], seed: int, start: int, stop: int, *, split: Lite
         caption = clips.caption(clip)
         messages = _captioned(medium, caption, texts.DESCRIBE_CLIP, rng)
         made.append((caption_set, key, {container: data, "txt": caption, "json": {"messages": messages}}))
-        asked = clips.questions(clip, rng)
-        questioned = {"messages": _asked(asked[:6], medium, rng)} if split == "train" else _tested(asked, medium, rng)
+        if split == "train":
+            questioned: dict[str, Any] = {"messages": _asked(clips.lesson(clip, rng), medium, rng)}
+        else:
+            questioned = _tested(clips.questions(clip, rng), medium, rng)
         made.append((question_set, key, {container: data, "json": questioned}))
     return made
 

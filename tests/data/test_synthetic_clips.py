@@ -78,6 +78,24 @@ def test_questions_agree_with_a_reader_of_the_caption():
     assert min(kinds.values()) > 25
 
 
+def test_a_lesson_asks_about_every_movement_and_no_question_twice():
+    kinds = Counter()
+    for seed in range(200):
+        clip = clips.sample_clip(Random(seed))
+        moves, stays = read_caption(clips.caption(clip))
+        asked = clips.lesson(clip, Random(seed))
+        assert asked == clips.lesson(clip, Random(seed))
+        assert len(asked) <= 8
+        assert len({question.question for question in asked}) == len(asked)
+        assert all(answer(question.question, moves, stays) == question.answer for question in asked)
+        for kind in ("mover", "happens"):
+            answers = {question.answer for question in asked if question.kind == kind}
+            assert len(answers) == (len(moves) if len(clip.objects) > 1 else 0)
+        kinds.update(question.kind for question in asked)
+    assert len(kinds) == 9
+    assert min(kinds.values()) > 25
+
+
 def test_splits_are_apart_and_show_no_held_out_pair():
     rng = Random(1)
     train, new = ({clips.sample_clip(rng, split) for _ in range(600)} for split in ("train", "new"))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from herdkit.text import attention
 from herdkit.text.attention import SHORT_ROW, attend, document_block_mask, document_rows, see_own_document
 from torch.nn import functional as F
 
@@ -45,6 +46,34 @@ def test_documents_see_only_themselves(documents, layout):
         torch.autograd.grad(found, (q, k, v), sent), torch.autograd.grad(wanted, (q, k, v), sent), strict=True
     ):
         torch.testing.assert_close(gradient, of_torch)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_attention_on_a_cpu_is_that_of_float32(monkeypatch, amx, autocast):
+    monkeypatch.setattr(attention, "cpu_has", lambda unit: amx)
+    seen = []
+    kernel = F.scaled_dot_product_attention
+
+    def spied(q, *rest, **options):
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(q, *rest, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spied)
+    given = [x.detach().bfloat16().requires_grad_() for x in made()]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attend(*([x.float() for x in given] if autocast else given))
+    assert found.dtype == torch.bfloat16
+    native = (torch.float32 if autocast else torch.bfloat16, autocast)
+    assert seen == [native if amx else (torch.float32, False)]
+    wanted = attend(*exact)
+    sent = torch.ones_like(found)
+    rounded = {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(found.double(), wanted, **rounded)
+    gradients = torch.autograd.grad(found, given, sent), torch.autograd.grad(wanted, exact, sent.double())
+    for gradient, of_exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), of_exact, rtol=3e-2, atol=5e-2)
 
 
 def test_long_rows_are_not_masked(documents):

@@ -9,10 +9,13 @@ from herdkit.train import (
     GroupRule,
     LoaderExhaustedError,
     NonFiniteError,
+    RunDirectoryError,
     fraction,
     latest_complete,
     move,
+    precision,
     train,
+    trainer,
 )
 from herdkit.train.optimizer import build_optimizer
 from torch.nn import functional as F
@@ -226,6 +229,34 @@ def test_bfloat16_is_autocast_around_the_forward_pass_alone(toys, run):
         trainer={"precision": "bfloat16"},
         freeze=[FreezeRule(pattern="text.*", trainable=False)],
     )
+
+
+@pytest.mark.parametrize("native", ["float32", "bfloat16"])
+def test_automatic_precision_is_what_the_device_has_and_stays_what_it_was(toys, run, monkeypatch, tmp_path, native):
+    seen = []
+
+    def objective(model, batch):
+        seen.append(model.text.output(torch.ones(1, 16)).dtype)
+        return toys.objective(model, batch)
+
+    monkeypatch.setattr(trainer, "native_precision", lambda device: native)
+    run(steps=2, objective=objective, trainer={"precision": "auto"})
+    assert set(seen) == {getattr(torch, native)}
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["trainer"]["precision"] == native
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[native]
+    monkeypatch.setattr(trainer, "native_precision", lambda device: other)
+    with pytest.raises(RunDirectoryError, match=f"trainer.precision: .{native}. -> .{other}."):
+        run(steps=4, trainer={"precision": "auto"})
+    run(steps=4, trainer={"precision": native})
+
+
+def test_only_bfloat16_units_make_it_the_native_precision(monkeypatch):
+    for units, native in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        precision.cpu_has.cache_clear()
+        assert precision.native_precision(torch.device("cpu")) == native
+    precision.cpu_has.cache_clear()
+    assert precision.native_precision(torch.device("meta")) == "float32"
 
 
 def poisoned(toys, number, poison):
