@@ -20,13 +20,13 @@ from typing import Protocol
 import numpy as np
 
 from .permutation import permutation
-from .shards import Fault, Sample, ShardReader
+from .shards import Fault, Sample
 
 MAX_PERIOD = 1 << 16
 
 
 class Source(Protocol):
-    """What a mixture draws from: a `ShardReader`, or a list of samples."""
+    """What a mixture draws from: a `ShardReader`, or a list of samples. It may have `faults`, as the reader does."""
 
     def __len__(self) -> int: ...
 
@@ -95,7 +95,7 @@ class Mixture:
     @property
     def faults(self) -> list[Fault]:
         """What is damaged in the sources' shards and left out."""
-        return [fault for reader in self.readers if isinstance(reader, ShardReader) for fault in reader.faults]
+        return [fault for reader in self.readers for fault in getattr(reader, "faults", ())]
 
     def drawn(self, position: int) -> dict[str, int]:
         """How often each source has been drawn before a position, by name."""

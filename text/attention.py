@@ -38,8 +38,9 @@ class DocumentRows:
     inverse: Tensor
 
 
-SHORT_ROW = 256
-"""Rows up to this length are masked on a CPU: there the whole square costs no more than laying out its documents."""
+SHORT_ROW, FEW_DOCUMENTS = 256, 2
+"""Rows up to this length and, on average, this number of documents are masked on a CPU: there the whole square costs no
+more than laying out its documents. With seven it costs more than half as much again."""
 
 
 def see_own_document(documents: Tensor) -> Tensor | DocumentRows | BlockMask:
@@ -47,9 +48,10 @@ def see_own_document(documents: Tensor) -> Tensor | DocumentRows | BlockMask:
     run of one id; ids are distinct within a row."""
     if documents.device.type != "cpu":
         return document_block_mask(documents)
-    if documents.shape[1] > SHORT_ROW:
+    B, T = documents.shape
+    if T > SHORT_ROW or B + (documents[:, 1:] != documents[:, :-1]).sum() > FEW_DOCUMENTS * B:
         return document_rows(documents)
-    steps = torch.arange(documents.shape[1])
+    steps = torch.arange(T)
     return ((documents[:, :, None] == documents[:, None, :]) & (steps[:, None] >= steps))[:, None]
 
 

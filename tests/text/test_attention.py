@@ -36,10 +36,13 @@ def one_by_one(q, k, v):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("layout", [see_own_document, document_rows])
-def test_documents_see_only_themselves(documents, layout):
+@pytest.mark.parametrize("layout", ["mask", "rows"])
+def test_documents_see_only_themselves(documents, layout, monkeypatch):
+    monkeypatch.setattr(attention, "FEW_DOCUMENTS", {"mask": T, "rows": 0}[layout])
+    seen = see_own_document(documents)
+    assert isinstance(seen, torch.Tensor) == (layout == "mask")
     q, k, v = made(requires_grad=True)
-    wanted, found = one_by_one(q, k, v), attend(q, k, v, layout(documents))
+    wanted, found = one_by_one(q, k, v), attend(q, k, v, seen)
     torch.testing.assert_close(found, wanted)
     sent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for gradient, of_torch in zip(
@@ -76,9 +79,11 @@ def test_bfloat16_attention_on_a_cpu_is_that_of_float32(monkeypatch, amx, autoca
         torch.testing.assert_close(gradient.double(), of_exact, rtol=3e-2, atol=5e-2)
 
 
-def test_long_rows_are_not_masked(documents):
-    assert isinstance(see_own_document(documents), torch.Tensor)
-    assert not isinstance(see_own_document(documents.repeat(1, SHORT_ROW // T + 1)), torch.Tensor)
+def test_rows_are_masked_where_they_are_short_and_hold_few_documents(documents):
+    few = documents[[1, 3]]
+    assert isinstance(see_own_document(few), torch.Tensor)
+    assert not isinstance(see_own_document(few.repeat(1, SHORT_ROW // T + 1)), torch.Tensor)
+    assert not isinstance(see_own_document(documents), torch.Tensor)
 
 
 def test_rows_of_documents_are_at_most_half_padding(documents):
