@@ -114,11 +114,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | DocumentRows | BlockM
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """torch's `scaled_dot_product_attention`; in float32 inside where a CPU without AMX would run its kernels for
     bfloat16, which take up to four times as long."""
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
-    if device != "cpu" or dtype != torch.bfloat16 or cpu_has("amx_bf16"):
+    dtype = q.dtype
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if q.device.type != "cpu" or dtype != torch.bfloat16 or cpu_has("amx_bf16"):
         return F.scaled_dot_product_attention(q, k, v, **options)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast("cpu", enabled=False):
         out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     return out.to(dtype)
 
