@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,6 @@ WARM = 10
 
 
 def updates_per_second(link, out: Path, processes: int, threads: int, steps: int) -> float:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     recipe = tiny_recipe(link, out, seed=0, quick=False)
     recipe.trainer.steps, recipe.trainer.log_every, recipe.trainer.checkpoint_every = steps, WARM, 10 * steps
     recipe.schedule.warmup_steps = 1

@@ -102,7 +102,6 @@ class Chain:
         self.console = console
         self.before_training = before_training
         self.seconds: dict[str, float] = {}
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the OpenMP of torch reads it as it is loaded
         # A process that has imported everything and done nothing else is forked: imports take seconds.
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(sorted({__name__, *(link.stage.run.__module__ for link in links)}))
