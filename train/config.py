@@ -153,7 +153,7 @@ class TrainerConfig:
         accumulate: micro-batches of one update on each process.
         ramp: changes of the two, in the order of their updates. The loader must give what `batch_at` says.
         precision: of the forward pass; "bfloat16" is autocast, with float32 parameters and gradients. "auto" is that
-            where the device has units for it, else float32; a run keeps what it started with.
+            where the device has units for it, else float32; where it would be the other, a run is not resumed.
         seed: of dropout and of anything else random while training.
         checkpoint_every: updates between checkpoints; there is always one at the end.
         keep: how many of the newest checkpoints stay on disk.

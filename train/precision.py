@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def native_precision(device: torch.device) -> Precision:
-    """bfloat16 where the device has units that multiply it, else float32, than which it is slower there."""
+    """bfloat16 where the device has units that multiply it, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -19,7 +18,7 @@ def native_precision(device: torch.device) -> Precision:
     return "bfloat16" if native else "float32"
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how torch asks the CPU
 def cpu_has(unit: str) -> bool:
     """Whether the CPU has a unit of `torch.cpu.get_capabilities`."""
     return bool(torch.cpu.get_capabilities().get(unit))

@@ -314,7 +314,7 @@ def test_any_protocol(folder, cache, right):
 
 @contextmanager
 def s3():
-    server = pytest.importorskip("moto.server", reason='needs the extra "test-remote"')
+    server = pytest.importorskip("moto.server", reason='needs the extra "test"')
     pytest.importorskip("s3fs", reason='needs the extra "remote"')
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     running.start()

@@ -79,6 +79,11 @@ def test_bfloat16_attention_on_a_cpu_is_that_of_float32(monkeypatch, amx, autoca
         torch.testing.assert_close(gradient.double(), of_exact, rtol=3e-2, atol=5e-2)
 
 
+def test_bfloat16_attention_compiles_into_one_graph():
+    given = [x.bfloat16() for x in made()]
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="eager")(*given), attend(*given))
+
+
 def test_rows_are_masked_where_they_are_short_and_hold_few_documents(documents):
     few = documents[[1, 3]]
     assert isinstance(see_own_document(few), torch.Tensor)
