@@ -23,7 +23,7 @@ from typing import Any
 from ..shards import ShardWriter
 from . import samples
 
-VERSION = 9
+VERSION = 10
 _JOB = 250
 """Samples of one job. Part of the format: within one job, espeak-ng's samples depend on what it spoke before."""
 
