@@ -4,8 +4,9 @@ shards, the same transform, the same number of worker processes, in turns.
     python benchmarks/loader.py [--workers 2] [--rounds 5] [--seconds 3]
     python benchmarks/loader.py --workers 0    # all in one process, and by its CPU time too: for a busy machine
 
-Each shuffles as its users do (webdataset and Energon through a buffer of 1,000 samples, here over everything). Prints
-one JSON line with the medians of the rounds: for samples of 4 KiB as they are ("bytes"), and for JPEGs of 256 pixels
+Each shuffles as its users do (webdataset and Energon through a buffer of 1,000 samples, here over everything). Beside
+them runs the transform alone, of samples that are in memory ("memory"): what no reader can go above. Prints one
+JSON line with the medians of the rounds: for samples of 4 KiB as they are ("bytes"), and for JPEGs of 256 pixels
 decoded and resized to 224 ("jpeg"); then how resident memory grows over a million samples of this loader, and how long
 it takes to its first batch from the beginning and from far on.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import platform
 import random
@@ -31,9 +33,9 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
-from herdkit.data import Sample, ShardDataset, ShardLoader, ShardWriter
+from herdkit.data import Sample, ShardDataset, ShardLoader, ShardReader, ShardWriter
 from PIL import Image
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 BATCH = 64
 BUFFER = 1000
@@ -131,7 +133,25 @@ def energon(folder: Path, workload: str, workers: int) -> Iterator[Any]:
     return iter(energon.get_savable_loader(dataset))
 
 
-READERS = {"herdkit": herdkit, "webdataset": of_webdataset, "energon": energon}
+class InMemory(IterableDataset):
+    """Batches of some samples over and over."""
+
+    def __init__(self, folder: Path, workload: str):
+        reader = ShardReader(folder)
+        self.members = [reader[i].members for i in range(8 * BATCH)]
+        self.transform, self.collate = WORKLOADS[workload]
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = itertools.cycle(self.members)
+        while True:
+            yield self.collate([self.transform(members) for members in itertools.islice(samples, BATCH)])
+
+
+def memory(folder: Path, workload: str, workers: int) -> Iterator[Any]:
+    return iter(DataLoader(InMemory(folder, workload), batch_size=None, num_workers=workers))
+
+
+READERS = {"herdkit": herdkit, "webdataset": of_webdataset, "energon": energon, "memory": memory}
 
 
 def rates(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
@@ -166,7 +186,7 @@ def compare(folder: Path, workload: str, options: argparse.Namespace) -> dict[st
     return result | ({"not_installed": missing} if missing else {})
 
 
-def memory(folder: Path, count: int) -> dict[str, int]:
+def resident(folder: Path, count: int) -> dict[str, int]:
     """Resident bytes after a tenth of so many samples, and after all."""
     dataset = ShardDataset(folder, 256, transform=OfSample(as_is), collate=list, epochs=None, threads=1)
     page, found = resource.getpagesize(), []
@@ -210,7 +230,7 @@ def main() -> None:
             result[workload] = compare(Path(root) / workload, workload, options)
         result["seconds_to_first_batch"] = resume(Path(root) / "bytes")
         if options.memory_samples:
-            result["resident_bytes"] = memory(Path(root) / "bytes", options.memory_samples)
+            result["resident_bytes"] = resident(Path(root) / "bytes", options.memory_samples)
     result |= {"device": platform.processor() or platform.machine(), "webdataset": webdataset.__version__}
     print(json.dumps(result))
 
