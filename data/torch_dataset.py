@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch.distributed as dist
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from .bad_samples import BadSample
@@ -23,6 +24,9 @@ from .buckets import BucketConfig, Lengths
 from .shards import Fault, Sample
 from .sources import DataConfig, SourceConfig, build_loader, mix, open_sources
 from .steps import Prepared, StepLoader
+
+BLOCKS_KEPT = 8
+"""Blocks of memory, of up to 16 MiB, that Pillow keeps for the next pictures in a worker process."""
 
 
 class ShardDataset(IterableDataset):
@@ -200,6 +204,9 @@ class _Steps(IterableDataset):
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[Prepared[Any]]:
+        # Pillow gives the memory of every picture back to the system, which then hands out the next one's page by page:
+        # an eighth of the time of decoding small ones.
+        Image.core.set_blocks_max(BLOCKS_KEPT)
         return self.dataset.prepared()
 
 
