@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .dialog import encode_dialog
 from .held_out import HeldOut, HeldOutConfig
 from .model import Transformer
 from .objective import Metrics, next_token
-from .row_loader import Encode, Phase, RowLoader, plan_phases, with_ramp
+from .row_loader import Encode, Phase, PlannedPhase, RowLoader, plan_phases, with_ramp
 from .rows import TokenBatch
 from .tokenizer import Tokenizer
 
@@ -62,9 +62,23 @@ def train_on_rows(recipe: RowRecipe, model: Transformer, tokenizer: Tokenizer, r
     if recipe.held_out is not None:
         evaluate = HeldOut(recipe.held_out, encode, tokenizer.pad_id, recipe.data.row_length)
     try:
-        return train_by(recipe, model, loader, next_token_of_rows, run_dir, evaluate)
+        flops = flops_of_rows(model, phases)
+        return train_by(recipe, model, loader, next_token_of_rows, run_dir, evaluate, flops)
     finally:
         loader.close()
+
+
+def flops_of_rows(model: Transformer, phases: Sequence[PlannedPhase]) -> Callable[[int], float]:
+    """The operations of an update, counted as `text.plan.plan_rows` does: three forward passes, attention at half the
+    row as if no row were packed, padding included."""
+
+    per_token = {length: 3.0 * model.flops_per_token(length / 2) for length in {p.row_length for p in phases}}
+
+    def flops(step: int) -> float:
+        phase = [phase for phase in phases if phase.from_step <= step][-1]
+        return phase.tokens_per_step * per_token[phase.row_length]
+
+    return flops
 
 
 def next_token_of_rows(model: Transformer, batch: TokenBatch) -> tuple[Tensor, Tensor, Metrics]:

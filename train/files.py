@@ -45,6 +45,25 @@ def drop_lines_after(path: Path, step: int) -> None:
         write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log in JSON that may be in the making, or not be there; a last line cut short is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
+def last_step(path: Path) -> int:
+    """The step of the last whole line of a log, 0 where there is none."""
+    lines = read_lines(path)
+    return lines[-1]["step"] if lines else 0
+
+
 def finite(value: Any) -> Any:
     """JSON values with null for numbers that JSON does not have (nan, inf)."""
     if isinstance(value, float):

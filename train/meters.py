@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .files import drop_lines_after, finite, sync
+from .effective_time import EffectiveTime
+from .files import drop_lines_after, finite, read_lines, sync
 from .objective import Metrics
 
 OWN_KEYS = {
     "step", "loss", "lr", "grad_norm", "tokens", "samples", "tokens_per_second", "wall_seconds",
-    "peak_memory_bytes", "skipped_steps", "evaluation",
+    "peak_memory_bytes", "skipped_steps", "evaluation", "effective_time", "mfu",
 }  # fmt: skip
 
 
@@ -32,14 +33,18 @@ class Meters:
     objective's metrics are means (sum / count) over all processes since the line before; "lr" and "grad_norm"
     (before clipping) are those of the last update; "tokens" (targets of the loss) and "samples" (places in
     micro-batches, also those that no sample filled) are totals of the updates made, "tokens_per_second" is since the
-    line before, without the time of checkpoints and evaluations. Lines with "evaluation" hold what the evaluation
-    hook found. Numbers that are not finite are null.
+    line before, without the time of checkpoints and evaluations. "mfu" (model FLOPs utilisation) is the share that the
+    model's own operations over the same time have of the devices' peak: forward pass and twice as much backward,
+    nothing that is computed again; it is absent where one of the two is not known. "effective_time" is the useful share
+    of the time since the run's first start, see `EffectiveTime`. Lines with "evaluation" hold what the evaluation hook
+    found. Numbers that are not finite are null.
 
     Args:
         state: `state_dict()` of the checkpoint that the run goes on from; lines past its step are dropped.
+        peak: floating-point operations a second of all devices together at most, see `peak_flops`.
     """
 
-    def __init__(self, run_dir: Path, step: int = 0, state: dict[str, Any] | None = None):
+    def __init__(self, run_dir: Path, step: int = 0, state: dict[str, Any] | None = None, peak: float | None = None):
         state = state or {}
         self.path = run_dir / "metrics.jsonl"
         self.interval: dict[str, list[float]] = state.get("interval", {})
@@ -53,7 +58,9 @@ class Meters:
         self._local: dict[str, tuple[Tensor | float, Tensor | float]] = {}
         self._interval_started = self.started
         self._interval_tokens = 0.0
-        self._evaluated: dict[str, Any] | None = None
+        self._interval_flops = 0.0
+        self._peak = peak
+        self.effective = EffectiveTime(run_dir, state.get("useful_seconds", 0.0))
         parallel.on_first(lambda: drop_lines_after(self.path, step))
 
     def wall_seconds(self) -> float:
@@ -69,12 +76,16 @@ class Meters:
         finally:
             self._interval_started += time.monotonic() - before
 
-    def update(self, loss: float, count: float, samples: int, metrics: list[Metrics]) -> None:
-        """Adds an update: its loss sum and count over all processes, and this process's metrics by batch."""
+    def update(
+        self, loss: float, count: float, samples: int, metrics: list[Metrics], flops: float | None = None
+    ) -> None:
+        """Adds an update: its loss sum, count and FLOPs over all processes, and this process's metrics by batch."""
+        self.effective.end_update()
         for sums in (self.interval, self.run):
             _add(sums, "loss", loss, count)
         self.tokens += count
         self._interval_tokens += count
+        self._interval_flops += math.nan if flops is None else flops
         self.samples += samples
         for batch in metrics:
             for name, (value, number) in batch.items():
@@ -88,6 +99,8 @@ class Meters:
         """Writes the line of the updates since the last one. All processes call it."""
         self._reduce()
         now = time.monotonic()
+        seconds = max(now - self._interval_started, 1e-9)
+        utilisation = self._interval_flops / seconds / (self._peak or math.nan)
         self._measure_memory()
         self.last = {
             "step": step,
@@ -97,14 +110,16 @@ class Meters:
             "grad_norm": grad_norm,
             "tokens": round(self.tokens),
             "samples": self.samples,
-            "tokens_per_second": self._interval_tokens / max(now - self._interval_started, 1e-9),
+            "tokens_per_second": self._interval_tokens / seconds,
+            **({"mfu": utilisation} if math.isfinite(utilisation) else {}),
+            "effective_time": self.effective.fraction(),
             "wall_seconds": self.wall_seconds(),
             "peak_memory_bytes": self.peak_memory,
             "skipped_steps": skipped,
         }
         self._write(self.last)
         self.interval = {}
-        self._interval_started, self._interval_tokens = now, 0.0
+        self._interval_started, self._interval_tokens, self._interval_flops = now, 0.0, 0.0
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Writes what the evaluation hook found after `step` updates."""
@@ -114,7 +129,9 @@ class Meters:
         """The evaluation that the log holds for a step."""
 
         def read() -> dict[str, float] | None:
-            found = [line["evaluation"] for line in self._lines() if line["step"] == step and "evaluation" in line]
+            found = [
+                line["evaluation"] for line in read_lines(self.path) if line["step"] == step and "evaluation" in line
+            ]
             return found[-1] if found else None
 
         return parallel.on_first(read)
@@ -142,6 +159,7 @@ class Meters:
             "samples": self.samples,
             "last": finite(self.last),
             "wall_seconds": self.wall_seconds(),
+            "useful_seconds": self.effective.useful,
             "peak_memory_bytes": self.peak_memory,
         }
 
@@ -167,9 +185,6 @@ class Meters:
         if parallel.rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line)) + "\n")
-
-    def _lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
 
 def _add(sums: dict[str, list[float]], name: str, value: float, count: float) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from .config import FreezeRule, OptimizerConfig, RecipeError, ScheduleConfig, TrainerConfig, as_dict
 from .objective import Loader, Objective
 from .plan import Hardware
-from .trainer import Evaluate, train
+from .trainer import Evaluate, FlopsOfUpdate, train
 
 GROUP = "herdkit.stages"
 
@@ -45,6 +45,7 @@ def train_by(
     objective: Objective,
     run_dir: Path,
     evaluate: Evaluate | None = None,
+    flops: FlopsOfUpdate | None = None,
 ) -> dict[str, Any]:
     """`train` with everything that the recipe says, which is recorded in the run directory."""
     return train(
@@ -59,6 +60,7 @@ def train_by(
         description=recipe.stage,
         resolved_recipe=as_dict(recipe),
         evaluate=evaluate,
+        flops=flops,
     )
 
 

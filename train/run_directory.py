@@ -1,5 +1,5 @@
-"""The directory of a run: recipe.json, environment.json, metrics.jsonl, bad_samples.jsonl, checkpoints/,
-result.json."""
+"""The directory of a run: recipe.json, environment.json, metrics.jsonl, starts.jsonl, bad_samples.jsonl,
+checkpoints/, result.json."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 from . import checkpoint, parallel
 from .files import write_json
+from .peak_flops import device_name
 
 MAY_CHANGE = ("steps", "accumulate", "checkpoint_every", "keep", "log_every", "evaluate_every", "non_finite")
 """Fields of TrainerConfig that may change when a run is resumed: its length, layout, log and caution."""
@@ -88,9 +89,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in packages},
         "commit": commit(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "device": device_name(parallel.device()),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": parallel.world_size(),

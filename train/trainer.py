@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .guard import Guard, Termination, termination
 from .meters import Meters
 from .objective import Loader, Objective, move
 from .optimizer import build_optimizer, set_learning_rate
+from .peak_flops import device_name, peak_flops
 from .precision import native_precision
 from .progress import ProgressLine
 from .run_directory import RunDirectoryError, open_run, read_result
@@ -44,6 +46,7 @@ from .state import (
 )
 
 Evaluate = Callable[[Any, int], dict[str, float]]
+FlopsOfUpdate = Callable[[int], float]
 
 
 class LoaderExhaustedError(RuntimeError):
@@ -63,6 +66,7 @@ def train(
     description: str = "train",
     resolved_recipe: dict[str, Any] | None = None,
     evaluate: Evaluate | None = None,
+    flops: FlopsOfUpdate | None = None,
 ) -> dict[str, Any]:
     """Trains a model in place, or resumes, or, where the run is finished, loads its final weights.
 
@@ -77,12 +81,14 @@ def train(
         resolved_recipe: JSON values, recorded and compared on resume beside the configs given here.
         evaluate: called as `evaluate(model, step)` on every process, in eval mode, without gradients, under
             the same autocast; it may draw random numbers. The first process's values are logged.
+        flops: called as `flops(step)`; the model's operations in that update over all processes, forward and backward.
+            Where it is given and the device's peak is known, the log has the utilisation ("mfu").
 
     Returns:
         The content of result.json: "description", "steps", "samples", "tokens", "wall_seconds" (over all
-        starts), "parameters", "trained_parameters", "last" (last line of the log), "mean" (loss and metrics
-        over the run), "evaluation", "skipped_steps", "empty_steps", "bad_samples" (left out, see
-        bad_samples.jsonl), "peak_memory_bytes".
+        starts), "elapsed_seconds" and "effective_time" (see `EffectiveTime`), "parameters", "trained_parameters",
+        "last" (last line of the log), "mean" (loss and metrics over the run), "evaluation", "skipped_steps",
+        "empty_steps", "bad_samples" (left out, see bad_samples.jsonl), "peak_memory_bytes".
 
     Raises:
         ValueError: a config does not fit the model or the processes.
@@ -105,6 +111,7 @@ def train(
             description=description,
             resolved_recipe=resolved_recipe or {},
             evaluate=evaluate,
+            flops=flops,
         )
         return run.finished or run.to_the_end()
 
@@ -124,6 +131,7 @@ class _Run:
     description: str
     resolved_recipe: dict[str, Any]
     evaluate: Evaluate | None
+    flops: FlopsOfUpdate | None
 
     step: int = 0
     """Finished updates."""
@@ -165,7 +173,9 @@ class _Run:
             seed_everything(self.config.seed, parallel.rank(), self.step)
         self.guard = Guard(self.config.non_finite, **saved.get("guard", {}))
         self.guard.last_good = newest
-        self.meters = Meters(self.run_dir, self.step, saved.get("meters"))
+        self.peak = peak_flops(device_name(self.device), self.config.precision)
+        peak = self.peak and self.peak * parallel.world_size()
+        self.meters = Meters(self.run_dir, self.step, saved.get("meters"), peak)
         self.bad_samples = BadSampleLog(self.run_dir, self.loader, self.step)
         self.progress.first = self.step
 
@@ -193,9 +203,8 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """The loop."""
         config = self.config
-        batches = iter(self.loader)
-        with self.progress, termination() as wish:
-            self._apply_freeze()
+        with self.progress, termination() as wish, self._start():
+            batches = iter(self.loader)
             changes = {step for step in change_steps(self.freeze) if step > self.step}
             if self._evaluation_due():  # it was killed between its checkpoint and its evaluation
                 self.evaluation = self.meters.evaluation_of(self.step)
@@ -204,6 +213,7 @@ class _Run:
             while self.step < config.steps:
                 if self.step in changes:
                     self._apply_freeze()
+                self.meters.effective.begin_update()
                 stopping = self._update(batches, wish)
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
@@ -219,6 +229,16 @@ class _Run:
                 if self._evaluation_due():
                     self._evaluate()
         return self._result()
+
+    def _start(self) -> AbstractContextManager[None]:
+        self._apply_freeze()
+        return self.meters.effective.start(
+            self.step,
+            device=device_name(self.device),
+            peak_flops=self.peak,
+            processes=parallel.world_size(),
+            parts=[asdict(row) for row in self.rows],
+        )
 
     def _update(self, batches: Iterator[Any], wish: Termination) -> bool:
         """One update of the weights; returns whether any process was told to terminate."""
@@ -256,7 +276,8 @@ class _Run:
                 nn.utils.clip_grads_with_norm_(touched, self.optimizer_config.clip_norm, norm, foreach=True)
             set_learning_rate(self.optimizer, self.lr)
             self.optimizer.step()
-            self.meters.update(loss_sum, targets, batch_size * given // accumulate, metrics)
+            flops = None if self.flops is None else self.flops(self.step) * given / accumulate
+            self.meters.update(loss_sum, targets, batch_size * given // accumulate, metrics, flops)
         else:
             self.progress.say(f"{self.description}: {objection}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -309,6 +330,8 @@ class _Run:
             "samples": self.meters.samples,
             "tokens": round(self.meters.tokens),
             "wall_seconds": self.meters.wall_seconds(),
+            "elapsed_seconds": self.meters.effective.elapsed(),
+            "effective_time": self.meters.effective.fraction(),
             "parameters": sum(row.parameters for row in self.rows),
             "trained_parameters": sum(p.numel() for name, p in self.model.named_parameters() if name in trained),
             "last": self.meters.last,

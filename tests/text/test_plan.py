@@ -8,6 +8,8 @@ from herdkit.cli import main
 from herdkit.text import Transformer, TransformerConfig, preset
 from herdkit.text.plan import activation_bytes, plan_pretraining
 from herdkit.text.pretrain import PretrainRecipe
+from herdkit.text.row_loader import plan_phases
+from herdkit.text.row_stage import flops_of_rows
 from herdkit.train import load_recipe
 from herdkit.train.plan import Hardware
 
@@ -17,6 +19,17 @@ RECIPES = files("herdkit") / "text" / "recipes"
 
 def recipe(name, *overrides) -> PretrainRecipe:
     return load_recipe(RECIPES / f"pretrain_{name}.yaml", PretrainRecipe, overrides)
+
+
+def test_a_run_counts_the_operations_that_were_planned():
+    made = recipe("1b", "trainer.steps=400_000")
+    with torch.device("meta"):
+        model = Transformer(made.model)
+    plan = plan_pretraining(made, Hardware(devices=8))
+    phases = plan_phases(made.phases, made.trainer, made.data)
+    assert len(phases) > 1
+    flops = flops_of_rows(model, phases)
+    assert sum(map(flops, range(400_000))) == pytest.approx(plan["flops"])
 
 
 @pytest.mark.parametrize(("name", "lr"), [("1b", 4e-4), ("8b", 3e-4), ("70b", 1.5e-4), ("405b", 8e-5)])

@@ -44,7 +44,7 @@ def other(toys):
 def losses(path):
     """What the log says of training, but for times and memory."""
     logged = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    timed = ("wall_seconds", "tokens_per_second", "peak_memory_bytes")
+    timed = ("wall_seconds", "tokens_per_second", "effective_time", "peak_memory_bytes")
     return [{k: v for k, v in line.items() if k not in timed} for line in logged]
 
 
