@@ -95,6 +95,18 @@ def build_parser() -> argparse.ArgumentParser:
     plan_parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
     plan_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
 
+    watch_parser = command(
+        "watch",
+        watch,
+        "Show runs while they train, or afterwards, from their files alone. Ends when all are finished.",
+        "herdkit watch runs/sft",
+    )
+    watch_parser.set_defaults(interrupted="the runs go on")
+    watch_parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a run, or a folder of runs")
+    watch_parser.add_argument("--once", action="store_true", help="show them as they are, and end")
+    watch_parser.add_argument("--html", type=Path, metavar="FILE", help="write one page on all of them instead")
+    watch_parser.add_argument("--every", type=float, default=3.0, help="seconds between looks (%(default)s)")
+
     scaling_parser = command(
         "scaling-laws",
         scaling_laws,
@@ -230,6 +242,20 @@ def plan(options: argparse.Namespace) -> None:
     made = stage.plan(recipe, hardware, options.model)
     print(as_text(made, hardware))
     print(json.dumps(made))
+
+
+def watch(options: argparse.Namespace) -> None:
+    if not options.every > 0:
+        raise ValueError(f"--every must be above 0, not {options.every}")
+    from .train.watch import read_runs, watch
+
+    if options.html is None:
+        watch(options.runs, once=options.once, every=options.every)
+        return
+    from .train.run_report import write_report
+
+    write_report(read_runs(options.runs), options.html)
+    print(json.dumps({"report": str(options.html)}))
 
 
 def convert(options: argparse.Namespace) -> None:

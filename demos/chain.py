@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ..train.child import LOG, end_with_parent, log_to
 from ..train.config import as_dict
-from ..train.files import write_json
+from ..train.files import last_step, write_json
 from ..train.recipe import Stage, StageRecipe, find_stage, read_stage_name
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -217,17 +217,6 @@ def run_stage(stage: Stage, recipe: StageRecipe, run_dir: Path, threads: int) ->
     log_to(run_dir)
     torch.set_num_threads(threads)
     stage.run(recipe, run_dir)
-
-
-def last_step(metrics: Path) -> int:
-    """The last finished step that a run recorded; 0 where it has not begun."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    for line in reversed(lines[-2:]):
-        try:
-            return json.loads(line)["step"]
-        except ValueError:  # half written
-            continue
-    return 0
 
 
 def digest(file: Path) -> str:

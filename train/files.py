@@ -60,8 +60,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def last_step(path: Path) -> int:
     """The step of the last whole line of a log, 0 where there is none."""
-    lines = read_lines(path)
-    return lines[-1]["step"] if lines else 0
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines[-2:]):
+        try:
+            return json.loads(line)["step"]
+        except ValueError:  # half written
+            continue
+    return 0
 
 
 def finite(value: Any) -> Any:
