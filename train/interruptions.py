@@ -28,8 +28,8 @@ class Reliability:
     """A run of any length, in which interruptions come independently of each other and of its age (exponential gaps).
 
     An unplanned interruption loses the training since the last whole checkpoint, and nothing more happens until it is
-    detected. A planned one is announced: a checkpoint is made, or finished, and nothing is lost. A restart follows, which
-    every interruption in it begins anew. A checkpoint is whole once its stall is over.
+    detected. A planned one is announced: a checkpoint is made, or finished, and nothing is lost. Then comes a restart;
+    every interruption in it begins it anew. A checkpoint is whole once its stall is over.
 
     Args:
         devices: of the job.

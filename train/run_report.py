@@ -26,6 +26,7 @@ POINTS = 1000  # of a line in a plot, at most
 SMOOTHED = 100  # points, from which on a line is drawn with its moving average
 FIRST = ("lr", "grad_norm", "tokens_per_second", "mfu", "effective_time", "peak_memory_bytes", "skipped_steps")
 LAST = ("tokens", "samples", "wall_seconds")
+WITHOUT_NOISE = {"lr", "effective_time", "peak_memory_bytes", "skipped_steps", *LAST}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
 h1 { font-size: 1.7rem; overflow-wrap: anywhere } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d5dae2 }
@@ -176,12 +177,14 @@ def figure(name: str, series: Sequence[list[tuple[int, Any]]], runs: Sequence[Ru
     drawing = Figure((4.2, 2.5), layout="constrained")
     axes = drawing.subplots()
     for points, run, colour in zip(known, runs, colours(len(runs)), strict=True):
-        _draw(axes, points, colour)
+        _draw(axes, points, colour, smooth=len(points) >= SMOOTHED and name not in WITHOUT_NOISE)
         for start in run.starts()[1:]:
             axes.axvline(start.step, color=colour, linestyle=":", linewidth=0.8)
     values = [value for points in known for _, value in points]
     if name.endswith(("loss", "grad_norm")) and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
+    if not any(values):
+        axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -217,10 +220,9 @@ def moving_average(points: Points) -> Points:
     return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
-def _draw(axes: Axes, points: Points, colour: str) -> None:
+def _draw(axes: Axes, points: Points, colour: str, smooth: bool) -> None:
     if not points:
         return
-    smooth = len(points) >= SMOOTHED
     width, alpha = (0.6, 0.4) if smooth else (1.3, 1.0)
     marked = "o-" if len(points) < 20 else "-"
     axes.plot(*zip(*thin(points), strict=True), marked, color=colour, markersize=3, linewidth=width, alpha=alpha)
