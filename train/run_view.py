@@ -97,7 +97,7 @@ class RunView:
 
     @property
     def state(self) -> State:
-        if self.result is not None and self.result["steps"] == self.steps == self.step:
+        if (self.result or {}).get("steps") == self.steps == self.step:
             return "finished"
         if self.events and self.events[-1]["event"] == "end":
             return "stopped"
@@ -109,7 +109,7 @@ class RunView:
         if self.state == "stopped":
             return f"stopped {duration(self.quiet)} ago: {self.events[-1]['reason']}"
         if self.state == "silent":
-            return f"nothing written for {duration(self.quiet)}: stalled, dead, or in a very long pause"
+            return f"silent for {duration(self.quiet)}: stalled or dead"
         return self.state
 
     @property
