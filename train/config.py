@@ -230,7 +230,15 @@ def load_recipe(path: str | Path, recipe_class: type[Recipe], overrides: Sequenc
         raise RecipeError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not OmegaConf.is_dict(config):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    return _read(config, str(path), recipe_class, overrides)
 
+
+def read_overrides(recipe_class: type[Recipe], overrides: Sequence[str]) -> Recipe:
+    """A dataclass from "key=value" alone; arguments and errors as for `load_recipe`."""
+    return _read(OmegaConf.create({}), recipe_class.__name__, recipe_class, overrides)
+
+
+def _read(config: Any, name: str, recipe_class: type[Recipe], overrides: Sequence[str]) -> Recipe:
     sources = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -247,10 +255,10 @@ def load_recipe(path: str | Path, recipe_class: type[Recipe], overrides: Sequenc
         _check(recipe_class, values, "")
         return typing.cast(Recipe, OmegaConf.to_object(_structure(recipe_class, values)))
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{path}: {error.full_key}: {_one_line(error)}") from None
+        raise RecipeError(f"{name}: {error.full_key}: {_one_line(error)}") from None
     except _FieldError as problem:
         by_override = [text for key, text in sources.items() if problem.key.startswith(key)]
-        where = f"override {by_override[-1]!r}" if by_override else str(path)
+        where = f"override {by_override[-1]!r}" if by_override else name
         raise RecipeError(f"{where}: {problem}") from None
 
 

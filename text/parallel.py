@@ -1,0 +1,146 @@
+"""How a layout cuts the language model (section 3.3.2): which layers a stage has, and what a process stores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..train.layout import Layout, LayoutError, ParallelConfig
+from .model import TransformerConfig
+
+
+class Stage(NamedTuple):
+    """A stage of the pipeline: its layers, and whether it begins with the embedding or ends with norm and output."""
+
+    layers: range
+    embedding: bool = False
+    output: bool = False
+
+
+class Weight(NamedTuple):
+    """A matrix or vector: its shape, and the dimension that `tensor` divides, None where all hold the whole."""
+
+    shape: tuple[int, ...]
+    divided: int | None = None
+
+
+def stages(config: TransformerConfig, parallel: ParallelConfig) -> list[Stage]:
+    """All stages in order; process p of the pipeline has every `pipeline`-th from p on.
+
+    Embedding and output count as a layer each, so that the first and the last stage have one layer fewer (126 + 2 =
+    16 x 8); where that does not come out even, the stages between have one more.
+
+    Raises:
+        LayoutError: more stages than layers + 2, or tied embeddings on two stages.
+    """
+    count = parallel.pipeline * parallel.chunks
+    if count == 1:
+        return [Stage(range(config.n_layers), embedding=True, output=True)]
+    if config.tie_embeddings:
+        raise LayoutError("pipeline", f"{count} stages would hold the tied embeddings on the first and on the last")
+    slots = config.n_layers + 2
+    if slots < count:
+        raise LayoutError(
+            "pipeline",
+            f"pipeline x chunks = {parallel.pipeline} x {parallel.chunks} = {count} stages are more than "
+            f"n_layers + 2 = {config.n_layers} + 2 = {slots}",
+        )
+    sizes = [slots // count] * count
+    for stage in [*range(1, count - 1), 0, count - 1][: slots % count]:
+        sizes[stage] += 1
+    sizes[0] -= 1
+    sizes[-1] -= 1
+    made, start = [], 0
+    for i, size in enumerate(sizes):
+        made.append(Stage(range(start, start + size), embedding=i == 0, output=i == count - 1))
+        start += size
+    return made
+
+
+def shares(config: TransformerConfig, parallel: ParallelConfig) -> dict[int, list[Stage]]:
+    """The stages of each process of the pipeline, by its place there, without those whose share equals that of one
+    before: what holds for these holds for all, and the earlier one has more passes in flight."""
+    everything, seen = stages(config, parallel), {}
+    for place in range(parallel.pipeline):
+        own = everything[place :: parallel.pipeline]
+        key = sum(len(stage.layers) for stage in own), own[0].embedding, own[-1].output
+        seen.setdefault(key, (place, own))
+    return dict(seen.values())
+
+
+def layer_weights(config: TransformerConfig) -> dict[str, Weight]:
+    """The weights of a layer by name."""
+    D, F, kv = config.dim, config.ffn_dim, config.n_kv_heads * config.head_dim
+    return {
+        "attention.wq": Weight((D, D), 0),
+        "attention.wk": Weight((kv, D), 0),
+        "attention.wv": Weight((kv, D), 0),
+        "attention.wo": Weight((D, D), 1),
+        "feed_forward.w1": Weight((F, D), 0),
+        "feed_forward.w2": Weight((D, F), 1),
+        "feed_forward.w3": Weight((F, D), 0),
+        "attention_norm": Weight((D,)),
+        "ffn_norm": Weight((D,)),
+    }
+
+
+def gathered_elements(config: TransformerConfig, layout: Layout, own: list[Stage]) -> int:
+    """Of the weights of these stages on one process, once those that share their storage have gathered them."""
+    return _elements(config, own, lambda weight: _whole(weight, layout))
+
+
+def stored_elements(config: TransformerConfig, layout: Layout, own: list[Stage]) -> int:
+    """Of the weights of these stages on the process that stores most of them: `fully_shard` gives out whole rows,
+    rounded up."""
+
+    def stored(weight: Weight) -> int:
+        rows = weight.shape[0] // (layout.tensor if weight.divided == 0 else 1)
+        return _whole(weight, layout) // rows * math.ceil(rows / layout.storage)
+
+    return _elements(config, own, stored)
+
+
+def largest_unit(config: TransformerConfig, layout: Layout, own: list[Stage]) -> int:
+    """Elements of the largest thing that is gathered at once: a layer, or embedding or output."""
+    ends = any(stage.embedding or stage.output for stage in own)
+    layer = sum(_whole(weight, layout) for weight in layer_weights(config).values())
+    return max(layer, config.vocab_size * config.dim // layout.tensor if ends else 0)
+
+
+def _elements(config: TransformerConfig, own: list[Stage], count: Callable[[Weight], int]) -> int:
+    layers = sum(len(stage.layers) for stage in own)
+    total = layers * sum(map(count, layer_weights(config).values()))
+    vocabulary = count(Weight((config.vocab_size, config.dim), 0))
+    total += vocabulary * sum(stage.embedding for stage in own)
+    if own[-1].output:
+        total += count(Weight((config.dim,))) + (0 if config.tie_embeddings else vocabulary)
+    return total
+
+
+def _whole(weight: Weight, layout: Layout) -> int:
+    return math.prod(weight.shape) // (1 if weight.divided is None else layout.tensor)
+
+
+def require_fits(config: TransformerConfig, layout: Layout, row_length: int) -> None:
+    """
+    Raises:
+        LayoutError: the layout does not divide the model or the rows; says with which numbers.
+    """
+    sizes = {
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "ffn_dim": config.ffn_dim,
+        "vocab_size": config.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % layout.tensor:
+            raise LayoutError("tensor", f"{layout.tensor} does not divide {name} {size}")
+    if layout.context > 1 and row_length % (2 * layout.context):
+        raise LayoutError("context", f"row_length {row_length} is not a multiple of 2 x context = {2 * layout.context}")
+    if row_length % (layout.tensor * layout.context):
+        raise LayoutError(
+            "tensor",
+            f"row_length {row_length} is not a multiple of tensor x context = {layout.tensor} x {layout.context}, "
+            "which share its positions",
+        )
