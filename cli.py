@@ -8,10 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .adapters.commands import add_show_command
 from .data.command_line import add_command
 from .data.commands import add_shards_commands
+
+if TYPE_CHECKING:
+    from .train.plan import Cluster, Hardware
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,17 +86,24 @@ def build_parser() -> argparse.ArgumentParser:
     plan_parser = command(
         "plan",
         plan,
-        "Say what a recipe costs before it is run: updates, tokens, operations, memory, days.",
-        "herdkit plan text/recipes/pretrain_405b.yaml --devices 16384 --data-parallel 128 --mfu 0.41",
+        "Say what a recipe costs before it is run: updates, tokens, operations, memory, days. With --hardware, speed "
+        "is predicted for a layout, or for the fastest that fit; training itself is data parallel alone so far.",
+        "herdkit plan text/recipes/pretrain_405b.yaml --devices 16384 --hardware h100",
     )
     plan_parser.add_argument("recipe", type=Path)
     plan_parser.add_argument("--model", metavar="PRESET", help="sizes of the model that the stage goes on with")
     plan_parser.add_argument("--devices", type=int, default=1, help="(%(default)s)")
-    plan_parser.add_argument("--data-parallel", type=int, help="groups of devices with rows of their own (all)")
-    plan_parser.add_argument(
-        "--peak-tflops", type=float, default=989.0, help="of a device, dense (%(default)s: H100, bfloat16)"
+    predicted = plan_parser.add_argument_group("predicted speed").add_argument
+    predicted("--hardware", metavar="NAME", help="h100, h200, a100 or h100-500w; with --parallel alone h100")
+    predicted(
+        "--parallel",
+        metavar="LAYOUT",
+        help="'tensor=8 pipeline=16 ...', or a YAML file with a block 'parallel' (ranks)",
     )
-    plan_parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (%(default)s)")
+    assumed = plan_parser.add_argument_group("assumed speed").add_argument
+    assumed("--data-parallel", type=int, help="groups of devices with rows of their own (all)")
+    assumed("--peak-tflops", type=float, help="of a device, dense (989: H100, bfloat16)")
+    assumed("--mfu", type=float, help="share of the peak that is reached (0.4)")
     plan_parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace values of the recipe")
 
     watch_parser = command(
@@ -225,7 +236,7 @@ def probe(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     from .train.config import load_recipe
-    from .train.plan import Hardware, as_text
+    from .train.plan import as_text
     from .train.recipe import find_stage, read_stage_name
 
     name = read_stage_name(options.recipe)
@@ -233,15 +244,26 @@ def plan(options: argparse.Namespace) -> None:
     if stage.plan is None:
         raise ValueError(f"{options.recipe}: nobody has said yet what the stage {name!r} costs")
     recipe = load_recipe(options.recipe, stage.recipe, options.overrides)
-    hardware = Hardware(
-        devices=options.devices,
-        data_parallel=options.data_parallel,
-        peak_flops=options.peak_tflops * 1e12,
-        mfu=options.mfu,
-    )
+    hardware = planned_hardware(options)
     made = stage.plan(recipe, hardware, options.model)
     print(as_text(made, hardware))
     print(json.dumps(made))
+
+
+def planned_hardware(options: argparse.Namespace) -> Hardware | Cluster:
+    from .train.layout import read_parallel
+    from .train.plan import Cluster, Hardware
+
+    assumed = {"data_parallel": options.data_parallel, "peak_tflops": options.peak_tflops, "mfu": options.mfu}
+    given = {name: value for name, value in assumed.items() if value is not None}
+    if options.hardware is None and options.parallel is None:
+        peak = given.pop("peak_tflops", 989.0)
+        return Hardware(devices=options.devices, peak_flops=peak * 1e12, **given)
+    if given:
+        said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{said}: with --hardware or --parallel this is predicted; leave it out")
+    parallel = None if options.parallel is None else read_parallel(options.parallel)
+    return Cluster(devices=options.devices, name=options.hardware or "h100", parallel=parallel)
 
 
 def watch(options: argparse.Namespace) -> None:

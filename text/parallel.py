@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 from ..train.layout import Layout, LayoutError, ParallelConfig
@@ -58,15 +57,60 @@ def stages(config: TransformerConfig, parallel: ParallelConfig) -> list[Stage]:
     return made
 
 
-def shares(config: TransformerConfig, parallel: ParallelConfig) -> dict[int, list[Stage]]:
-    """The stages of each process of the pipeline, by its place there, without those whose share equals that of one
-    before: what holds for these holds for all, and the earlier one has more passes in flight."""
-    everything, seen = stages(config, parallel), {}
+class Share(NamedTuple):
+    """What one process of the pipeline has.
+
+    Args:
+        stages: its own. layers: in all of them. embedding, output: whether they are among them.
+        stored: elements of weights that it keeps, of the process that keeps most: `fully_shard` gives out whole rows.
+        gathered: elements of weights, once the processes that share the storage have gathered them.
+        unit: the largest that is gathered at once, of a layer, embedding or output.
+    """
+
+    stages: list[Stage]
+    layers: int
+    embedding: bool
+    output: bool
+    stored: int
+    gathered: int
+    unit: int
+
+
+def shares(config: TransformerConfig, parallel: ParallelConfig, layout: Layout) -> dict[int, Share]:
+    """The share of each process of the pipeline, by its place there, without those whose layers and ends equal those of
+    one before: what holds for these holds for all, and the earlier one has more passes in flight.
+
+    Raises:
+        LayoutError: see `stages`.
+    """
+
+    def gathered(weight: Weight) -> int:
+        return math.prod(weight.shape) // (1 if weight.divided is None else layout.tensor)
+
+    def stored(weight: Weight) -> int:
+        rows = weight.shape[0] // (layout.tensor if weight.divided == 0 else 1)
+        return gathered(weight) // rows * math.ceil(rows / layout.storage)
+
+    layer_stored = sum(map(stored, layer_weights(config).values()))
+    layer_gathered = sum(map(gathered, layer_weights(config).values()))
+    vocabulary = Weight((config.vocab_size, config.dim), 0)
+    everything, made = stages(config, parallel), {}
     for place in range(parallel.pipeline):
         own = everything[place :: parallel.pipeline]
-        key = sum(len(stage.layers) for stage in own), own[0].embedding, own[-1].output
-        seen.setdefault(key, (place, own))
-    return dict(seen.values())
+        layers, embedding, output = sum(len(stage.layers) for stage in own), own[0].embedding, own[-1].output
+        ends = [vocabulary] * (embedding + output - (embedding and output and config.tie_embeddings))
+        norm = [Weight((config.dim,))] * output
+        share = Share(
+            own,
+            layers,
+            embedding,
+            output,
+            stored=layers * layer_stored + sum(map(stored, ends + norm)),
+            gathered=layers * layer_gathered + sum(map(gathered, ends + norm)),
+            unit=max(layer_gathered, *map(gathered, ends), 0),
+        )
+        made.setdefault((layers, embedding, output), (place, share))
+    return dict(made.values())
 
 
 def layer_weights(config: TransformerConfig) -> dict[str, Weight]:
@@ -83,43 +127,6 @@ def layer_weights(config: TransformerConfig) -> dict[str, Weight]:
         "attention_norm": Weight((D,)),
         "ffn_norm": Weight((D,)),
     }
-
-
-def gathered_elements(config: TransformerConfig, layout: Layout, own: list[Stage]) -> int:
-    """Of the weights of these stages on one process, once those that share their storage have gathered them."""
-    return _elements(config, own, lambda weight: _whole(weight, layout))
-
-
-def stored_elements(config: TransformerConfig, layout: Layout, own: list[Stage]) -> int:
-    """Of the weights of these stages on the process that stores most of them: `fully_shard` gives out whole rows,
-    rounded up."""
-
-    def stored(weight: Weight) -> int:
-        rows = weight.shape[0] // (layout.tensor if weight.divided == 0 else 1)
-        return _whole(weight, layout) // rows * math.ceil(rows / layout.storage)
-
-    return _elements(config, own, stored)
-
-
-def largest_unit(config: TransformerConfig, layout: Layout, own: list[Stage]) -> int:
-    """Elements of the largest thing that is gathered at once: a layer, or embedding or output."""
-    ends = any(stage.embedding or stage.output for stage in own)
-    layer = sum(_whole(weight, layout) for weight in layer_weights(config).values())
-    return max(layer, config.vocab_size * config.dim // layout.tensor if ends else 0)
-
-
-def _elements(config: TransformerConfig, own: list[Stage], count: Callable[[Weight], int]) -> int:
-    layers = sum(len(stage.layers) for stage in own)
-    total = layers * sum(map(count, layer_weights(config).values()))
-    vocabulary = count(Weight((config.vocab_size, config.dim), 0))
-    total += vocabulary * sum(stage.embedding for stage in own)
-    if own[-1].output:
-        total += count(Weight((config.dim,))) + (0 if config.tie_embeddings else vocabulary)
-    return total
-
-
-def _whole(weight: Weight, layout: Layout) -> int:
-    return math.prod(weight.shape) // (1 if weight.divided is None else layout.tensor)
 
 
 def require_fits(config: TransformerConfig, layout: Layout, row_length: int) -> None:

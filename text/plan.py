@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..train.plan import Hardware
+from ..train.plan import SECONDS_PER_DAY, Cluster, Hardware
 from .loss import CHUNK_BYTES
 from .model import Transformer, TransformerConfig
+from .plan_layouts import layouts_of_phase
 from .presets import preset
 from .row_loader import PlannedPhase, plan_phases
 
@@ -32,7 +33,7 @@ class PhaseCost:
     flops: float
 
 
-def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware, model: str | None = None) -> dict[str, Any]:
+def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware | Cluster, model: str | None = None) -> dict[str, Any]:
     """The cost of initial pre-training; see `plan_rows`.
 
     Args:
@@ -42,7 +43,7 @@ def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware, model: str | No
     return plan_rows(config, _phases_with_steps(recipe), recipe.trainer.precision, hardware)
 
 
-def plan_continued(recipe: RowRecipe, hardware: Hardware, model: str | None = None) -> dict[str, Any]:
+def plan_continued(recipe: RowRecipe, hardware: Hardware | Cluster, model: str | None = None) -> dict[str, Any]:
     """The cost of a stage that goes on with a model; see `plan_rows`.
 
     Args:
@@ -51,7 +52,7 @@ def plan_continued(recipe: RowRecipe, hardware: Hardware, model: str | None = No
     return plan_rows(_stated(model), _phases_with_steps(recipe), recipe.trainer.precision, hardware)
 
 
-def plan_lengths(recipe: LongContextRecipe, hardware: Hardware, model: str | None = None) -> dict[str, Any]:
+def plan_lengths(recipe: LongContextRecipe, hardware: Hardware | Cluster, model: str | None = None) -> dict[str, Any]:
     """The cost of long-context pre-training where every length takes one round; arguments as for `plan_continued`."""
     stages, step = [], 0
     for length in recipe.lengths:
@@ -75,35 +76,60 @@ def _phases_with_steps(recipe: RowRecipe) -> list[tuple[PlannedPhase, int]]:
 
 
 def plan_rows(
-    config: TransformerConfig, phases: Sequence[tuple[PlannedPhase, int]], precision: str, hardware: Hardware
+    config: TransformerConfig,
+    phases: Sequence[tuple[PlannedPhase, int]],
+    precision: str,
+    hardware: Hardware | Cluster,
 ) -> dict[str, Any]:
-    """The cost of training a language model on rows, with weights, gradients and moments sharded over all devices.
+    """The cost of training a language model on rows.
 
     FLOPs count each multiply-add as two, attention at half the row (causal, as if no row were packed), and no
-    recomputation. Memory is an estimate: weights, gradients and moments in float32, the largest layer gathered in the
-    precision of training (on one device a copy of all weights, where that is not float32), and the activations of one
-    micro-batch (see `activation_bytes`), shared evenly in its group of devices, without what the libraries and the
-    allocator take for themselves.
+    recomputation.
 
     Args:
         phases: and how many updates each has.
         precision: as in `TrainerConfig`.
 
-    Returns: plain JSON values: "parameters" by kind, "phases", "steps", "tokens", "flops", "days", and "memory_bytes"
-        for one device, by what takes it.
+    Returns: plain JSON values: "parameters" by kind, "phases", "steps", "tokens", "flops", "days", and what `_assumed`
+        or `_predicted` adds for that hardware.
 
     Raises:
-        ValueError: a batch does not divide among the groups of devices.
+        ValueError: a batch does not divide among the groups of devices, or the layout does not fit the model.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    table = model.parameter_table()
     costs = []
     for phase, steps in phases:
         tokens = steps * phase.tokens_per_step
         flops = 3.0 * tokens * model.flops_per_token(phase.row_length / 2)
         costs.append(PhaseCost(phase.from_step, steps, phase.row_length, phase.batch_size, tokens, flops))
-    flops = sum(cost.flops for cost in costs)
+    plan = {
+        "parameters": model.parameter_table(),
+        "phases": [asdict(cost) for cost in costs],
+        "steps": sum(cost.steps for cost in costs),
+        "tokens": sum(cost.tokens for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
+    }
+    if isinstance(hardware, Cluster):
+        return _predicted(plan, config, phases, precision, hardware)
+    return _assumed(plan, config, phases, precision, hardware)
+
+
+def _assumed(
+    plan: dict[str, Any],
+    config: TransformerConfig,
+    phases: Sequence[tuple[PlannedPhase, int]],
+    precision: str,
+    hardware: Hardware,
+) -> dict[str, Any]:
+    """Days at an assumed utilisation, with weights, gradients and moments sharded over all devices.
+
+    "memory_bytes" is an estimate for one device, by what takes it: weights, gradients and moments in float32, the
+    largest layer gathered in the precision of training (on one device a copy of all weights, where that is not
+    float32), and the activations of one micro-batch (see `activation_bytes`), shared evenly in its group of devices,
+    without what the libraries and the allocator take for themselves.
+    """
+    table = plan["parameters"]
     width = 2 if precision == "bfloat16" else 4
     rows = [phase.micro_batch_size(hardware.groups) * phase.row_length for phase, _ in phases]
     micro = max(rows) * hardware.groups / hardware.devices
@@ -119,14 +145,32 @@ def plan_rows(
         "logits": 2 * min(CHUNK_BYTES, 4 * micro * config.vocab_size),
     }
     memory["total"] = sum(memory.values())
-    return {
-        "parameters": table,
-        "phases": [asdict(cost) for cost in costs],
-        "steps": sum(cost.steps for cost in costs),
-        "tokens": sum(cost.tokens for cost in costs),
-        "flops": flops,
-        "days": hardware.days(flops),
+    return plan | {
+        "days": hardware.days(plan["flops"]),
         "memory_bytes": {name: round(value) for name, value in memory.items()},
+    }
+
+
+def _predicted(
+    plan: dict[str, Any],
+    config: TransformerConfig,
+    phases: Sequence[tuple[PlannedPhase, int]],
+    precision: str,
+    cluster: Cluster,
+) -> dict[str, Any]:
+    """Each phase with its "layouts", the fastest first, and those "refused" (see `layouts_of_phase`); "days" with the
+    first of each, None where a phase has none."""
+    if precision == "float32":
+        raise ValueError("trainer.precision float32: accelerators are known by their bfloat16 speed; plan for bfloat16")
+    found = [layouts_of_phase(config, phase, cluster) for phase, _ in phases]
+    seconds = [
+        steps * each["layouts"][0]["step_seconds"]
+        for each, (_, steps) in zip(found, phases, strict=True)
+        if each["layouts"]
+    ]
+    return plan | {
+        "phases": [cost | each for cost, each in zip(plan["phases"], found, strict=True)],
+        "days": sum(seconds) / SECONDS_PER_DAY if len(seconds) == len(found) else None,
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -109,7 +110,7 @@ class Layout:
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        return tuple(getattr(self, name) for name in DIMENSIONS)
+        return self.tensor, self.context, self.pipeline, self.shard, self.replicate
 
     @property
     def processes(self) -> int:
@@ -145,9 +146,14 @@ class Layout:
 
     def neighbours(self, per_server: int, *dimensions: str) -> int:
         """How many of the peers of rank 0 along these dimensions stand in its server, itself included."""
-        others = [i for i, name in enumerate(DIMENSIONS) if name not in dimensions]
-        near = (self.coordinates(rank) for rank in range(min(per_server, self.processes)))
-        return sum(not any(place[i] for i in others) for place in near)
+        return _neighbours(self, per_server, dimensions)
+
+
+@lru_cache(maxsize=4096)
+def _neighbours(layout: Layout, per_server: int, dimensions: tuple[str, ...]) -> int:
+    others = [i for i, name in enumerate(DIMENSIONS) if name not in dimensions]
+    near = (layout.coordinates(rank) for rank in range(min(per_server, layout.processes)))
+    return sum(not any(place[i] for i in others) for place in near)
 
 
 def lay_out(parallel: ParallelConfig, processes: int) -> Layout:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import FreezeRule, OptimizerConfig, RecipeError, ScheduleConfig, TrainerConfig, as_dict
 from .objective import Loader, Objective
-from .plan import Hardware
+from .plan import Cluster, Hardware
 from .trainer import Evaluate, FlopsOfUpdate, train
 
 GROUP = "herdkit.stages"
@@ -79,7 +79,7 @@ class Stage:
 
     recipe: type[StageRecipe]
     run: Callable[[Any, Path], dict[str, Any]]
-    plan: Callable[[Any, Hardware, str | None], dict[str, Any]] | None = None
+    plan: Callable[[Any, Hardware | Cluster, str | None], dict[str, Any]] | None = None
 
 
 def find_stage(name: str) -> Stage:

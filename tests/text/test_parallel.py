@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from herdkit.text import Transformer, preset
-from herdkit.text.parallel import layer_weights, require_fits, shares, stages, stored_elements
+from herdkit.text.parallel import layer_weights, require_fits, shares, stages
 from herdkit.train.layout import DIMENSIONS, Layout, LayoutError, ParallelConfig, lay_out
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,14 +24,14 @@ def fake_processes():
 def stored_by_torch(config, layout, share):
     """Elements that the first process stores of these stages, sharded by torch itself."""
     with torch.device("meta"):
-        model = Transformer(replace(config, n_layers=sum(len(stage.layers) for stage in share)))
+        model = Transformer(replace(config, n_layers=share.layers))
     plan = {"tok_embeddings": RowwiseParallel(), "output": ColwiseParallel(), "norm": SequenceParallel()}
     for name, weight in layer_weights(config).items():
         style = {0: ColwiseParallel, 1: RowwiseParallel, None: SequenceParallel}[weight.divided]()
         plan[f"layers.*.{name}"] = style
-    if not share[0].embedding:
+    if not share.embedding:
         model.tok_embeddings = None
-    if not share[-1].output:
+    if not share.output:
         model.norm = model.output = None
     plan = {name: style for name, style in plan.items() if getattr(model, name, True) is not None}
     mesh = init_device_mesh("cpu", layout.degrees[::-1], mesh_dim_names=DIMENSIONS[::-1])
@@ -57,16 +57,18 @@ def test_a_process_stores_what_torch_gives_it(name, degrees, processes, fake_pro
     if parallel.pipeline == 1:
         config = replace(config, n_layers=2)
     layout = lay_out(parallel, processes)
-    for share in shares(config, parallel).values():
-        assert stored_elements(config, layout, share) == stored_by_torch(config, layout, share)
+    for share in shares(config, parallel, layout).values():
+        assert share.stored == stored_by_torch(config, layout, share)
 
 
 def test_the_papers_pipeline_comes_out_even():
     parallel = ParallelConfig(pipeline=16, schedule="interleaved", chunks=8)
-    made = stages(preset("405b"), parallel)
+    config = preset("405b")
+    made = stages(config, parallel)
     assert [len(stage.layers) for stage in made] == [0, *[1] * 126, 0]
     assert (made[0].embedding, made[0].output, made[-1].embedding, made[-1].output) == (True, False, False, True)
-    assert {place: [len(stage.layers) for stage in own] for place, own in shares(preset("405b"), parallel).items()} == {
+    found = shares(config, parallel, Layout(tensor=8, pipeline=16, shard=128))
+    assert {place: [len(stage.layers) for stage in share.stages] for place, share in found.items()} == {
         0: [0, *[1] * 7],
         1: [1] * 8,
         15: [*[1] * 7, 0],
