@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..train.hardware import RESERVED_BYTES
-from ..train.layout import Layout, ParallelConfig, passes_in_flight
+from ..train.layout import Layout, ParallelConfig, passes_in_flight, run_length
 from .loss import CHUNK_BYTES
 from .model import TransformerConfig
 from .parallel import Share
@@ -37,13 +37,16 @@ def memory_bytes(
 ) -> dict[str, int]:
     """By what takes it, on the process that stores most among those at one place of the pipeline.
 
-    Weights, gradients and moments are stored in float32 and sharded; gradients are reduced after every run of
-    micro-batches, so that whole ones exist for one unit (a layer, embedding or output) at a time.
+    Weights, gradients and moments are stored in float32 and sharded. Gradients are reduced after every run of
+    micro-batches: until then those of its stage are whole, or, where a run is one micro-batch, those of one unit (a
+    layer, embedding or output).
 
     Args:
         share: of that place.
     """
     width, positions = load.width, load.positions(layout)
+    run = run_length(parallel, load.micro_batches)
+    summed = share.unit if run == 1 else max(share.unit, share.gathered // parallel.chunks)
     copied = layout.storage > 1 or width < 4
     held = passes_in_flight(parallel, place, load.micro_batches) / parallel.chunks
     kept = held * share.layers * kept_elements(config, parallel.recompute)
@@ -57,7 +60,7 @@ def memory_bytes(
         "moments": 8 * share.stored,
         # With re-sharding two units are there at a time: the one in use and the next.
         "working_copy": width * (2 * share.unit if parallel.reshard else share.gathered) if copied else 0,
-        "whole_gradients": (width + 4) * share.unit if layout.storage > 1 else 0,
+        "whole_gradients": width * share.unit + 4 * summed if layout.storage > 1 else 0,
         "activations": width * divided * (kept + ends),
         "logits": 2 * min(CHUNK_BYTES, 4 * divided * config.vocab_size) if share.output else 0,
         "reserved": RESERVED_BYTES,

@@ -16,6 +16,7 @@ from .config import (
 )
 from .freezing import FreezeRow, apply_freeze
 from .guard import NonFiniteError
+from .layout import Layout, LayoutError, ParallelConfig, lay_out
 from .objective import Loader, Metrics, Objective, move
 from .progress import ProgressLine
 from .run_directory import RunDirectoryError, environment
@@ -29,12 +30,15 @@ __all__ = [
     "FreezeRow",
     "FreezeRule",
     "GroupRule",
+    "Layout",
+    "LayoutError",
     "Loader",
     "LoaderExhaustedError",
     "Metrics",
     "NonFiniteError",
     "Objective",
     "OptimizerConfig",
+    "ParallelConfig",
     "ProgressLine",
     "RecipeError",
     "RunDirectoryError",
@@ -46,6 +50,7 @@ __all__ = [
     "environment",
     "fraction",
     "latest_complete",
+    "lay_out",
     "load_recipe",
     "load_weights",
     "move",

@@ -42,9 +42,9 @@ class Accelerator:
     per_server: int = 8
 
 
-# Hopper: attention at 0.30 is FlashAttention-2, of which FlashAttention-3's paper says 35% and its backward pass is
-# slower; products at 0.55 is then what is left for them both in the first row of the paper's table 4 (8,192 GPUs: 43%)
-# and in OLMo-core's Llama 8B (9,500 tokens a second and GPU). All else that is published is predicted with these.
+# Hopper: attention at 0.30 is FlashAttention-2 (35% forward, says the paper of FlashAttention-3); with more, the third
+# row of the paper's table 4, which is mostly attention, would come out too fast. Products at 0.55 is then what is left
+# for them both in the first row (8,192 GPUs: 43%) and in OLMo-core's Llama 8B (9,500 tokens a second and GPU).
 _H100 = Accelerator(
     peak_flops=989e12,
     matmul=0.55,
@@ -55,7 +55,7 @@ _H100 = Accelerator(
     network=50e9,
 )
 
-# The clock under load goes about with the square root of the power, between the linear (voltage fixed) and the cubic.
+# An assumption: the clock under load goes with the square root of the power, between linear (voltage fixed) and cubic.
 _CAP = (500 / 700) ** 0.5
 
 ACCELERATORS = {
