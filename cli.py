@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     predicted(
         "--parallel",
         metavar="LAYOUT",
-        help="'tensor=8 pipeline=16 ...', or a YAML file with a block 'parallel' (ranks)",
+        help="'tensor=8 shard=null ...', or a YAML file with a block 'parallel' (search)",
     )
     assumed = plan_parser.add_argument_group("assumed speed").add_argument
     assumed("--data-parallel", type=int, help="groups of devices with rows of their own (all)")
