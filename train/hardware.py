@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .peak_flops import BFLOAT16
+
 # For all accelerators: the share of the data sheet that large messages of NCCL reach inside a server and between
 # servers, and that copies reach in memory; the time that it takes to start a collective, and that every further server
 # of its ring adds ("latencies up to tens of microseconds", section 3.3.3). Usual values, none of them fitted.
@@ -46,7 +48,7 @@ class Accelerator:
 # row of the paper's table 4, which is mostly attention, would come out too fast. Products at 0.55 is then what is left
 # for them both in the first row (8,192 GPUs: 43%) and in OLMo-core's Llama 8B (9,500 tokens a second and GPU).
 _H100 = Accelerator(
-    peak_flops=989e12,
+    peak_flops=BFLOAT16["H100"],
     matmul=0.55,
     attention=0.30,
     memory_bytes=80 << 30,
@@ -72,7 +74,7 @@ ACCELERATORS = {
     # Not checked against a compiled run: above torchtitan's 8B without a compiler on 64 of them (58%) by what compiling
     # brought it on H100s, and FlashAttention-2's paper (50-73%).
     "a100": Accelerator(
-        peak_flops=312e12,
+        peak_flops=BFLOAT16["A100"],
         matmul=0.70,
         attention=0.50,
         memory_bytes=80 << 30,
