@@ -204,9 +204,10 @@ class _Steps(IterableDataset):
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[Prepared[Any]]:
-        # Pillow gives the memory of every picture back to the system, which then hands out the next one's page by page:
-        # an eighth of the time of decoding small ones.
-        Image.core.set_blocks_max(BLOCKS_KEPT)
+        if get_worker_info() is not None:
+            # Pillow gives the memory of every picture back to the system, which then hands out the next one's page by
+            # page: an eighth of the time of decoding small ones.
+            Image.core.set_blocks_max(BLOCKS_KEPT)
         return self.dataset.prepared()
 
 

@@ -9,6 +9,8 @@ from collections import Counter
 import pytest
 import torch
 from herdkit.data import BucketConfig, LoaderError, ShardDataset, ShardError, ShardLoader, ShardWriter, SourceConfig
+from herdkit.data.torch_dataset import BLOCKS_KEPT
+from PIL import Image
 from torch.utils.data import DataLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -216,6 +218,20 @@ def test_the_layout_is_that_of_the_job(shards, monkeypatch):
     assert (one.rank, one.world_size, one.drop_last) == (1, 3, True)
     one = dataset(shards, rank=0, world_size=1)
     assert (one.rank, one.world_size, one.drop_last) == (0, 1, False)
+
+
+def blocks_kept(sample):
+    return Image.core.get_blocks_max()
+
+
+def test_workers_keep_the_memory_of_pictures_and_the_main_process_is_left_alone(shards):
+    before = Image.core.get_blocks_max()
+    kept = {
+        workers: set(itertools.chain(*numbers(ShardLoader(dataset(shards, transform=blocks_kept), workers))))
+        for workers in (0, 1)
+    }
+    assert kept == {0: {before}, 1: {BLOCKS_KEPT}}
+    assert before != BLOCKS_KEPT
 
 
 def test_workers_that_stay_are_refused(shards):
