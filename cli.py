@@ -257,8 +257,9 @@ def planned_hardware(options: argparse.Namespace) -> Hardware | Cluster:
     assumed = {"data_parallel": options.data_parallel, "peak_tflops": options.peak_tflops, "mfu": options.mfu}
     given = {name: value for name, value in assumed.items() if value is not None}
     if options.hardware is None and options.parallel is None:
-        peak = given.pop("peak_tflops", 989.0)
-        return Hardware(devices=options.devices, peak_flops=peak * 1e12, **given)
+        if "peak_tflops" in given:
+            given["peak_flops"] = 1e12 * given.pop("peak_tflops")
+        return Hardware(devices=options.devices, **given)
     if given:
         said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{said}: with --hardware or --parallel this is predicted; leave it out")

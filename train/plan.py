@@ -9,6 +9,7 @@ import yaml
 
 from .hardware import Accelerator, accelerator
 from .layout import ParallelConfig
+from .peak_flops import BFLOAT16
 
 SECONDS_PER_DAY = 86_400
 
@@ -27,7 +28,7 @@ class Hardware:
 
     devices: int = 1
     data_parallel: int | None = None
-    peak_flops: float = 989e12
+    peak_flops: float = BFLOAT16["H100"]
     mfu: float = 0.4
 
     def __post_init__(self) -> None:
