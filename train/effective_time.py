@@ -56,7 +56,11 @@ class EffectiveTime:
         try:
             yield
         except BaseException as error:
-            self._end("told to terminate" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}")
+            self._end(
+                "told to terminate"
+                if isinstance(error, SystemExit)
+                else f"{type(error).__name__}: {error}".rstrip(": ")
+            )
             raise
         self._end(FINISHED)
 

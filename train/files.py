@@ -46,7 +46,8 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log in JSON that may be in the making, or not be there; a last line cut short is left out."""
+    """The lines of a log in JSON that may be in the making, or not be there. Lines cut short, by the reading or by a
+    machine that died, are left out."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
@@ -60,13 +61,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def last_step(path: Path) -> int:
     """The step of the last whole line of a log, 0 where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in reversed(lines[-2:]):
-        try:
-            return json.loads(line)["step"]
-        except ValueError:  # half written
-            continue
-    return 0
+    lines = read_lines(path)
+    return lines[-1]["step"] if lines else 0
 
 
 def finite(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +93,23 @@ def size(count: float | None) -> str:
 def _live(paths: Sequence[Path], every: float, console: Console) -> None:
     ascii_only = console.options.ascii_only
     with Live(console=console, auto_refresh=False) as live:
-        while True:
-            runs = read_runs(paths)
+        for runs in _looks(paths, every):
             live.update(picture(runs, ascii_only), refresh=True)
-            if all(run.state == "finished" for run in runs):
-                return
-            time.sleep(every)
 
 
 def _in_lines(paths: Sequence[Path], every: float, console: Console) -> None:
     shown: dict[Path, tuple[int, State]] = {}
-    while True:
-        runs = read_runs(paths)
+    for runs in _looks(paths, every):
         for run in runs:
             if shown.get(run.path) != (run.step, run.state):
                 shown[run.path] = (run.step, run.state)
                 console.print(_line(run), soft_wrap=True)
+
+
+def _looks(paths: Sequence[Path], every: float) -> Iterator[list[RunView]]:
+    """The runs as they are every so many seconds, at last when all are finished."""
+    while True:
+        yield (runs := read_runs(paths))
         if all(run.state == "finished" for run in runs):
             return
         time.sleep(every)

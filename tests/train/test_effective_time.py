@@ -75,7 +75,7 @@ def test_lost_updates_and_idle_time_count_as_elapsed_alone(go, clock, tmp_path):
     assert result["effective_time"] == pytest.approx((3 + 7) * 10 / (70 + 5 + 1000 + 80 + 10 + 3))
     first, end, second, finish = read_lines(tmp_path / "run" / "starts.jsonl")
     assert (first["event"], first["step"], first["time"]) == ("start", 0, FIRST)
-    assert (end["event"], end["reason"]) == ("end", "KeyboardInterrupt: ")
+    assert (end["event"], end["reason"]) == ("end", "KeyboardInterrupt")
     assert (second["step"], second["reached"], second["time"]) == (4, 6, FIRST + 1075)
     assert finish["reason"] == "finished"
     assert {row["part"]: row["trainable"] > 0 for row in first["parts"]} == {
