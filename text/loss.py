@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .linear import product
+
 CHUNK_BYTES = 1 << 28
 """Memory of the float32 logits of one chunk. Each chunk reads the weight twice and its gradient once: fewer than about
 a hundred positions would be bound by that."""
@@ -65,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = max(1, chunk_bytes // (4 * weight.shape[0]))
             for start in range(0, len(targets), rows):
                 chunk, target = low_hidden[start : start + rows], targets[start : start + rows, None]
-                log_p = torch.log_softmax(chunk @ low_weight.T, dim=-1, dtype=wide)
+                log_p = torch.log_softmax(product(chunk, low_weight), dim=-1, dtype=wide)
                 of_target = log_p.gather(1, target)
                 loss -= of_target.sum()
                 right += (log_p.amax(1, keepdim=True) <= of_target).sum()
@@ -73,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 of_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(of_target, -1)).to(low)
                 if of_hidden is not None:
-                    of_hidden[start : start + rows] = of_logits @ low_weight
+                    of_hidden[start : start + rows] = product(of_logits, low_weight.T)
                 if of_weight is not None:
                     if low == of_weight.dtype:
                         of_weight.addmm_(of_logits.T, chunk)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .linear import FEW_ROWS, Linear
+from .linear import Linear
 from .model import Transformer
+
+FEW_ROWS = 32
+"""As decoding has them."""
 
 
 class Int8Linear(nn.Module):

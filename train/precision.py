@@ -22,3 +22,8 @@ def native_precision(device: torch.device) -> Precision:
 def cpu_has(unit: str) -> bool:
     """Whether the CPU has a unit of `torch.cpu.get_capabilities`."""
     return bool(torch.cpu.get_capabilities().get(unit))
+
+
+def cpu_name() -> str:
+    """Maker and model, such as "AMD EPYC"; empty where it is not known."""
+    return str(torch.cpu.get_capabilities().get("cpu_name", ""))

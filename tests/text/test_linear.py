@@ -1,13 +1,69 @@
 import pytest
 import torch
-from herdkit.text.linear import FEW_ROWS, linear
+from herdkit.text import linear as module
+from herdkit.text.linear import TRANSPOSED, linear, product
+from torch.nn import functional as F
+
+ROWS = [(1, 1), (1, 4), (3, 5), (1, TRANSPOSED[0]), (TRANSPOSED[-1], 1), (TRANSPOSED[-1] + 1, 1), (3, 50)]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (FEW_ROWS, 1), (2, FEW_ROWS)])
-def test_is_the_product_in_every_way_of_taking_it(shape):
-    x, weight = torch.randn(*shape, 24, dtype=torch.float64), torch.randn(40, 24, dtype=torch.float64)
-    expected = torch.einsum("btk,nk->btn", x, weight)
-    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
-        with mode:
-            torch.testing.assert_close(linear(x, weight), expected)
-            assert linear(x, weight).is_contiguous()
+@pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
+def library(request, monkeypatch):
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(module, "_onednn_is_faster", lambda: request.param)
+    calls, onednn = [], module._onednn
+    monkeypatch.setattr(module, "_onednn", lambda x, weight: calls.append(x.shape) or onednn(x, weight))
+    yield
+    assert bool(calls) == request.param
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_is_the_product_with_its_gradients(library, shape):
+    x = torch.randn(*shape, 24, requires_grad=True)
+    weight = torch.randn(40, 24, requires_grad=True)
+    expected = F.linear(x.double(), weight.double())
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (x, weight), upstream)
+    out = linear(x, weight)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for found, gradient in zip(torch.autograd.grad(out, (x, weight), upstream.float()), wanted, strict=True):
+        torch.testing.assert_close(found, gradient.float(), rtol=1e-5, atol=3e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(product(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
+        assert linear(x, weight).is_contiguous()
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_computes_no_gradient_that_nobody_wants(library, frozen):
+    x = torch.randn(4, 24, requires_grad=frozen != "x")
+    weight = torch.randn(40, 24, requires_grad=frozen != "weight")
+    linear(x, weight).sum().backward()
+    assert (x.grad is None) == (frozen == "x")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_takes_a_transposed_weight(library):
+    x, weight = torch.randn(100, 24), torch.randn(24, 40).T
+    torch.testing.assert_close(product(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_is_one_operator_of_a_compiled_graph(library):
+    x, weight = torch.randn(2, 50, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
+    wanted = torch.autograd.grad(linear(x, weight).square().sum(), (x, weight))
+    compiled = torch.compile(lambda x, weight: linear(x, weight).square().sum(), backend="aot_eager", fullgraph=True)
+    for found, gradient in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), wanted, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+def test_leaves_everything_but_float32_to_torch(monkeypatch):
+    monkeypatch.setattr(module, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "_onednn", lambda *_: pytest.fail("oneDNN was called"))
+    for dtype in (torch.float64, torch.bfloat16):
+        x, weight = torch.randn(3, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    x, weight = torch.randn(3, 24), torch.randn(40, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert linear(torch.randn(0, 24), weight).shape == (0, 40)
