@@ -7,6 +7,7 @@ a block mask leaves out what no position sees, on a CPU the documents are laid s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,8 +21,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from ..train.precision import cpu_has
 
 
+class Arrangement(ABC):
+    """Keys and values are brought elsewhere before the attention."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As the function `attend`."""
+
+
 @dataclass
-class DocumentRows:
+class DocumentRows(Arrangement):
     """The documents of B packed rows of T positions as groups of rows, each group as wide as its longest document,
     which is less than twice its shortest.
 
@@ -36,6 +45,16 @@ class DocumentRows:
     index: Tensor
     padding: Tensor
     inverse: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # What pads a document follows it, where no position of it looks.
+        sizes = [n * width for n, width in self.shapes]
+        split = [_rearranged(x.flatten(0, 1), self, to_groups=True).split(sizes) for x in (q, k, v)]
+        outs = [
+            attend(*(part.unflatten(0, shape) for part in parts)).flatten(0, 1)
+            for shape, *parts in zip(self.shapes, *split, strict=True)
+        ]
+        return _rearranged(torch.cat(outs), self, to_groups=False).view_as(q)
 
 
 SHORT_ROW, FEW_DOCUMENTS = 256, 2
@@ -85,7 +104,7 @@ def document_block_mask(documents: Tensor) -> BlockMask:
     return create_block_mask(same_document, B, None, T, T, device=str(documents.device))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | DocumentRows | BlockMask | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | Arrangement | BlockMask | None = None) -> Tensor:
     """Softmax attention with grouped queries, scaled by 1 / sqrt(Dh).
 
     Args:
@@ -95,8 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | DocumentRows | BlockM
 
     Returns: (B, T, H, Dh).
     """
-    if isinstance(sees, DocumentRows):
-        return _attend_documents(q, k, v, sees)
+    if isinstance(sees, Arrangement):
+        return sees.attend(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     group = q.shape[1] // k.shape[1]
     if isinstance(sees, BlockMask):
@@ -122,17 +141,6 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Te
     with torch.autocast("cpu", enabled=False):
         out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     return out.to(dtype)
-
-
-def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rows: DocumentRows) -> Tensor:
-    # What pads a document follows it, where no position of it looks.
-    sizes = [n * width for n, width in rows.shapes]
-    split = [_rearranged(x.flatten(0, 1), rows, to_groups=True).split(sizes) for x in (q, k, v)]
-    outs = [
-        attend(*(part.unflatten(0, shape) for part in parts)).flatten(0, 1)
-        for shape, *parts in zip(rows.shapes, *split, strict=True)
-    ]
-    return _rearranged(torch.cat(outs), rows, to_groups=False).view_as(q)
 
 
 def _rearranged(x: Tensor, rows: DocumentRows, *, to_groups: bool) -> Tensor:

@@ -7,12 +7,13 @@ twice, and none outlives its chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+from torch.distributed.tensor import DTensor, Shard
 
 from .linear import product
 
@@ -32,28 +33,84 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, D).
-        weight: (V, D), the output projection.
+        weight: (V, D), the output projection. Of a `DTensor` whose rows are divided between processes, each makes the
+            logits of its own rows; all get the same loss, and of the gradient of `hidden` each its own part, whose sum
+            it is (loss parallel, section 3.3.2).
         targets: (N,) int64, class ids.
         chunk_bytes: memory of the logits of one chunk, which holds at least one position.
 
     Returns: the summed loss, and how many targets have the highest logit, int64.
     """
-    loss, right = _LinearCrossEntropy.apply(hidden, weight, targets, chunk_bytes)  # type: ignore[misc]
+    weight, part = _own_rows(weight)
+    loss, right = _LinearCrossEntropy.apply(hidden, weight, targets, chunk_bytes, part)  # type: ignore[misc]
     return loss, right
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """The cross-entropy of each target, (N,) float32; arguments as for `linear_cross_entropy`. Without gradients."""
+    weight, part = _own_rows(weight)
     rows = max(1, chunk_bytes // (4 * weight.shape[0]))
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    losses = [F.cross_entropy((chunk @ weight.T).float(), target, reduction="none") for chunk, target in chunks]
+    losses = [
+        -_log_softmax(product(chunk, weight), target[:, None], torch.float32, part).of_target[:, 0]
+        for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
     return torch.cat(losses) if losses else hidden.new_zeros(0)
+
+
+class _Part(NamedTuple):
+    """Which rows of the vocabulary this process has: from `first` on, of those that the group shares."""
+
+    first: int
+    group: dist.ProcessGroup
+
+
+def _own_rows(weight: Tensor) -> tuple[Tensor, _Part | None]:
+    if not isinstance(weight, DTensor):
+        return weight, None
+    mesh = weight.device_mesh
+    assert tuple(weight.placements) == (Shard(0),) and weight.shape[0] % mesh.size() == 0
+    own = weight.to_local()
+    return own, _Part(mesh.get_local_rank() * own.shape[0], mesh.get_group())
+
+
+class _LogSoftmax(NamedTuple):
+    """
+    Args:
+        log_p: (N, V), or of this process's rows of the vocabulary. of_target, highest: (N, 1).
+        target: (N, 1) int64, where the target stands in `log_p`. there: (N, 1), 1 where it stands there at all, else 0.
+    """
+
+    log_p: Tensor
+    of_target: Tensor
+    highest: Tensor
+    target: Tensor
+    there: Tensor
+
+
+def _log_softmax(logits: Tensor, target: Tensor, dtype: torch.dtype, part: _Part | None) -> _LogSoftmax:
+    if part is None:
+        log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
+        of_target = log_p.gather(1, target)
+        return _LogSoftmax(log_p, of_target, log_p.amax(1, keepdim=True), target, torch.ones_like(of_target))
+    logits = logits.to(dtype)
+    highest = logits.amax(1, keepdim=True)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, part.group)
+    logits = logits - highest
+    own = target - part.first
+    there = (own >= 0) & (own < logits.shape[1])
+    own = torch.where(there, own, 0)
+    sums = torch.cat([logits.exp().sum(1, keepdim=True), logits.gather(1, own) * there], dim=1)
+    dist.all_reduce(sums, group=part.group)
+    log_sum, of_target = sums[:, :1].log(), sums[:, 1:]
+    return _LogSoftmax(logits - log_sum, of_target - log_sum, -log_sum, own, there.to(dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int, part: _Part | None
+    ) -> tuple[Tensor, Tensor]:
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         device = hidden.device.type
         # Autocast keeps no copy of a weight inside a Function: every chunk would cast it anew.
@@ -67,13 +124,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = max(1, chunk_bytes // (4 * weight.shape[0]))
             for start in range(0, len(targets), rows):
                 chunk, target = low_hidden[start : start + rows], targets[start : start + rows, None]
-                log_p = torch.log_softmax(product(chunk, low_weight), dim=-1, dtype=wide)
-                of_target = log_p.gather(1, target)
-                loss -= of_target.sum()
-                right += (log_p.amax(1, keepdim=True) <= of_target).sum()
+                found = _log_softmax(product(chunk, low_weight), target, wide, part)
+                loss -= found.of_target.sum()
+                right += (found.highest <= found.of_target).sum()
                 if not (to_hidden or to_weight):
                     continue
-                of_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(of_target, -1)).to(low)
+                of_logits = found.log_p.exp_().scatter_add_(1, found.target, -found.there).to(low)
                 if of_hidden is not None:
                     of_hidden[start : start + rows] = product(of_logits, low_weight.T)
                 if of_weight is not None:
@@ -87,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy can be differentiated only once; call it again")
         of_hidden, of_weight = ctx.gradients
@@ -95,4 +151,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in (of_hidden, of_weight):
             if gradient is not None:
                 gradient.mul_(gradients[0])
-        return of_hidden, of_weight, None, None
+        return of_hidden, of_weight, None, None, None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import BlockMask, DocumentRows, attend, see_own_document
+from .attention import Arrangement, BlockMask, attend, see_own_document
 from .cache import Cache, Step
 from .linear import Linear, linear
 from .rms_norm import rms_norm
@@ -95,7 +95,7 @@ class Shared(NamedTuple):
     and the cache with what it planned, or None."""
 
     turns: Tensor
-    sees: Tensor | DocumentRows | BlockMask | None = None
+    sees: Tensor | Arrangement | BlockMask | None = None
     cache: Cache | None = None
     step: Step | None = None
 
@@ -147,7 +147,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int):
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads = layer, config.n_heads, config.n_kv_heads
+        self.layer, self.head_dim = layer, config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
         self.wq = Linear(config.dim, config.dim)
         self.wk = Linear(config.dim, kv_dim)
@@ -155,9 +155,10 @@ class Attention(nn.Module):
         self.wo = Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        q = rotate(self.wq(x).unflatten(-1, (self.n_heads, -1)), shared.turns)
-        k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, -1)), shared.turns)
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, -1))
+        heads = (-1, self.head_dim)
+        q = rotate(self.wq(x).unflatten(-1, heads), shared.turns)
+        k = rotate(self.wk(x).unflatten(-1, heads), shared.turns)
+        v = self.wv(x).unflatten(-1, heads)
         if shared.cache is None or shared.step is None:
             return self.wo(attend(q, k, v, shared.sees).flatten(2))
         return self.wo(shared.cache.attend(self.layer, q, k, v, shared.step).flatten(2))
@@ -297,14 +298,15 @@ class Transformer(nn.Module):
             raise ValueError("give either tokens or embeddings")
         x = self.embed(tokens) if tokens is not None else embeddings
         assert x is not None
-        shared = self._shared(x, positions, documents, cache)
+        shared = self.shared(x, positions, documents, cache)
         for i, layer in enumerate(self.layers):
             if before_layer is not None:
                 x = before_layer(i, x)
             x = layer(x, shared)
         return self.norm(x)
 
-    def _shared(self, x: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Shared:
+    def shared(self, x: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Shared:
+        """What the layers share of a pass over x (B, T, D); other arguments as in `forward`."""
         T, device = x.shape[1], x.device
         if self.config.max_seq_len < T:
             raise ValueError(f"a row of {T} tokens is longer than max_seq_len ({self.config.max_seq_len})")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 
@@ -15,7 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`torch.nn.functional.rms_norm` over the last dimension of x (..., D), with weight (D,). In float32 and float64 on
     a CPU it cannot be differentiated twice."""
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not eager or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype:
+    dense = not isinstance(x, DTensor)
+    if not (eager and dense) or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     if not torch.is_grad_enabled():
         return (x * _scale(x, eps)).mul_(weight)

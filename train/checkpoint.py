@@ -13,18 +13,20 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
+from . import parallel
 from .files import sync, write_json
 
 MANIFEST = "manifest.json"
@@ -36,36 +38,73 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged or does not fit the model."""
 
 
-def save(run_dir: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of `step` finished updates and deletes all but the `keep` newest. One process
-    calls it, with tensors that are whole.
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    keep_every: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes the checkpoint of `step` finished updates and deletes all but the `keep` newest. All processes of a group
+    call it, and share a file system; it raises on all or on none.
 
     Args:
-        tensors: detached; may be on any device.
-        state: JSON values.
+        tensors: detached; may be on any device. Of a `DTensor` each process writes its part, of whole tensors each
+            writes some.
+        state: JSON values; those of the first process count.
+        keep_every: checkpoints whose step is a multiple of it are never deleted.
+        group: None: all processes there are.
     """
-    parent = run_dir / "checkpoints"
-    final = parent / f"step-{step:08d}"
-    temporary = parent / f".{final.name}.{os.getpid()}"
-    temporary.mkdir(parents=True)
+    final = run_dir / "checkpoints" / f"step-{step:08d}"
+    temporary = parallel.on_first(lambda: _begin(final), group)
     with _alone():
-        write_tensors(dict(tensors), storage_writer=FileSystemWriter(temporary / TENSORS), no_dist=True)
-    write_json(temporary / STATE, state)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(temporary)): _describe(path) for path in files}
+        write_tensors(
+            dict(tensors),
+            storage_writer=FileSystemWriter(temporary / TENSORS),
+            process_group=group,
+            no_dist=parallel.world_size() == 1,
+        )
+    described = parallel.on_each(lambda: _own_files(temporary, group), group)
+
+    def finish() -> None:
+        write_json(temporary / STATE, state)
+        last = [temporary / STATE, temporary / TENSORS / ".metadata"]
+        manifest = dict(sorted(pair for own in described for pair in own.items())) | _durable(temporary, last)
+        sync(temporary / TENSORS)
+        write_json(temporary / MANIFEST, {"step": step, "files": manifest})
+        sync(temporary)
+        if final.exists():  # a damaged one, or the run would have gone on from it
+            _delete(final)
+        temporary.rename(final)
+        sync(final.parent)
+        # A later step that is still there is damaged, or the run would have gone on from it: it does not count.
+        older = [path for path in list_checkpoints(run_dir) if step_of(path) <= step][keep:]
+        for path in older:
+            if keep_every is None or step_of(path) % keep_every:
+                _delete(path)
+
+    parallel.on_first(finish, group)
+    return final
+
+
+def _begin(final: Path) -> Path:
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _own_files(temporary: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
+    """What this process wrote, for the manifest."""
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    return _durable(temporary, sorted((temporary / TENSORS).glob(f"__{rank}_*")))
+
+
+def _durable(temporary: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     for path in files:
         sync(path)
-    sync(temporary / TENSORS)
-    write_json(temporary / MANIFEST, {"step": step, "files": manifest})
-    sync(temporary)
-    if final.exists():  # a damaged one, or the run would have gone on from it
-        _delete(final)
-    temporary.rename(final)
-    sync(parent)
-    # A later step that is still there is damaged, or the run would have gone on from it: it does not count.
-    for path in [path for path in list_checkpoints(run_dir) if step_of(path) <= step][keep:]:
-        _delete(path)
-    return final
+    return {str(path.relative_to(temporary)): _describe(path) for path in files}
 
 
 def latest_complete(run_dir: Path, report: Callable[[str], None] = print) -> Path | None:

@@ -7,13 +7,15 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .config import OptimizerConfig
 from .freezing import parameter_names, require_matches
 
 
 def build_optimizer(model: nn.Module, trained: Sequence[str], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the named parameters, in groups of one `lr_scale` and `weight_decay` each.
+    """Fused AdamW over the named parameters, in groups of one `lr_scale`, `weight_decay` and device mesh each.
 
     Parameters of fewer than two dimensions (norms, gates, biases) are not decayed unless a rule that matches
     them says so. A parameter without a gradient is neither moved nor decayed by a step.
@@ -25,7 +27,7 @@ def build_optimizer(model: nn.Module, trained: Sequence[str], config: OptimizerC
     names = parameter_names(model)
     require_matches((rule.pattern for rule in config.groups), names, "optimizer group")
     parameters = dict(model.named_parameters())
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, DeviceMesh | None], list[nn.Parameter]] = {}
     for name in trained:
         parameter = parameters[name]
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -38,9 +40,11 @@ def build_optimizer(model: nn.Module, trained: Sequence[str], config: OptimizerC
         if matching:
             scale = matching[-1].lr_scale
             decay = decay if matching[-1].weight_decay is None else matching[-1].weight_decay
-        groups.setdefault((scale, decay), []).append(parameter)
+        # One fused step takes tensors of one mesh.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((scale, decay, mesh), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()],
+        [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay, _), params in groups.items()],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

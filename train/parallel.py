@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -70,71 +71,92 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: T) -> list[T]:
-    """The (picklable) values of all processes, by rank, on every process."""
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The (picklable) values of all processes of a group (None: of all there are), by rank, on each of them."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def on_first(function: Callable[[], T]) -> T:
-    """Runs a function on the first process and hands its (picklable) result to all; if it raises, all raise,
-    so that none waits for ever."""
+def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs a function on the first process of a group (None: of all there are) and hands its (picklable) result to all
+    of them; if it raises, all raise, so that none waits for ever."""
     if world_size() == 1:
         return function()
     outcome: list[Any] = [None, None]
-    if rank() == 0:
+    if dist.get_rank(group) == 0:
         try:
             outcome[0] = function()
         except Exception as error:  # raised again below, on every process
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Makes the tensors equal to those of the first process, in place."""
+def on_each(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Runs a function on every process of a group (None: of all there are) and hands the (picklable) results to all of
+    them, by rank; if it raises anywhere, all raise."""
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:  # raised again below, on every process
+        failure = error
+    outcomes = gather((result, failure), group)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [found for found, _ in outcomes]  # type: ignore[misc]
+
+
+def broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Makes the tensors equal to those of the first process of a group (None: of all), in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+            dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
-def sum_gradients(parameters: Sequence[Tensor], extra: Tensor) -> Tensor:
-    """Sums gradients over the processes in place, in float32 or the parameter's own better precision.
+def sum_all(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sums gradients over processes in place, in float32 or the parameter's own better precision.
 
     Processes may have touched different parameters (a batch without an image leaves the image adapter alone):
     a first sum says which parameters anybody touched, and all processes then run the same collectives over
     those. A parameter that nobody touched keeps grad None.
 
     Args:
-        parameters: the same on every process, in the same order.
-        extra: (n,) float64, further values to sum.
-
-    Returns:
-        The sum of `extra`.
+        parameters: the same on every process of the group, in the same order.
+        group: processes with replicas of the same parameters; None: all.
     """
-    if world_size() == 1:
-        return extra
-    touched = torch.tensor([p.grad is not None for p in parameters], dtype=extra.dtype, device=extra.device)
-    head = torch.cat([extra, touched])
-    dist.all_reduce(head)
-    extra, counts = head[: len(extra)], head[len(extra) :].tolist()
-    parameters = [p for p, count in zip(parameters, counts, strict=True) if count]
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    touched = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(touched, group=group)
+    parameters = [p for p, count in zip(parameters, touched.tolist(), strict=True) if count]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+    for bucket in _buckets([local(p.grad) for p in parameters if p.grad is not None]):
         dtype = torch.promote_types(bucket[0].dtype, torch.float32)
         flat = torch.cat([g.reshape(-1).to(dtype) for g in bucket])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=group)
         pieces = flat.split([g.numel() for g in bucket])
         for piece, gradient in zip(pieces, bucket, strict=True):
             gradient.copy_(piece.view(gradient.shape))
-    return extra
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import checkpoint
 from .checkpoint import CheckpointError
@@ -50,11 +51,18 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trai
     for full, (shape, dtype) in stored.items():
         if full.startswith("optimizer."):
             name, _, key = full.removeprefix("optimizer.").rpartition(".")
-            tensors[full] = torch.empty(shape, dtype=dtype, device=parameters[name].device)
+            tensors[full] = _empty_moment(parameters[name], shape, dtype)
             moments.setdefault(name, {})[key] = tensors[full]
     checkpoint.load_tensors(path, tensors)
     for name, state in moments.items():
         optimizer.state[parameters[name]] = state
+
+
+def _empty_moment(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for what the optimizer keeps of a parameter: shared out as the parameter is, or a number."""
+    if shape == tuple(parameter.shape):
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -83,13 +91,14 @@ def _weights(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
 
 def fingerprint(model: nn.Module, trained: Sequence[str]) -> dict[str, str]:
     """A short hash of each parameter that never trains, over shape, dtype and a sample of its values: enough
-    to notice that a run is resumed on top of other frozen weights, cheap for billions of them."""
+    to notice that a run is resumed on top of other frozen weights, cheap for billions of them. All processes call it."""
     never = dict(model.named_parameters())
     for name in trained:
         del never[name]
     hashes = {}
     for name, parameter in never.items():
-        flat = parameter.detach().reshape(-1)
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        flat = whole.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].contiguous().cpu()
         content = f"{tuple(parameter.shape)} {parameter.dtype}".encode() + sample.view(torch.uint8).numpy().tobytes()
         hashes[name] = hashlib.sha256(content).hexdigest()[:16]

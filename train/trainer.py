@@ -25,11 +25,13 @@ from .bad_samples import BadSampleLog
 from .config import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, as_dict
 from .files import finite, write_json
 from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, freeze_table, set_modes
+from .gradients import clip, gradient_norm, summed_gradients
 from .guard import Guard, Termination, termination
 from .meters import Meters
 from .objective import Loader, Objective, move
 from .optimizer import build_optimizer, set_learning_rate
 from .peak_flops import device_name, peak_flops
+from .place import Place
 from .precision import native_precision
 from .progress import ProgressLine
 from .run_directory import RunDirectoryError, open_run, read_result
@@ -67,6 +69,7 @@ def train(
     resolved_recipe: dict[str, Any] | None = None,
     evaluate: Evaluate | None = None,
     flops: FlopsOfUpdate | None = None,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Trains a model in place, or resumes, or, where the run is finished, loads its final weights.
 
@@ -74,8 +77,8 @@ def train(
         model: on the device to train on; what is to be trained is float32 (or float64), what is frozen may be
             of any precision. On resume, frozen parameters must be those of the first start. Afterwards it has
             the modes and the requires_grad that it had before.
-        loader: micro-batches of `trainer.micro_batch_size(parallel.world_size(), step)` samples. Where its data end in
-            the middle of an update, the update is made of what there is.
+        loader: micro-batches of `trainer.micro_batch_size(place.layout.data, step)` samples, those of group `place.data`.
+            Where its data end in the middle of an update, the update is made of what there is.
         freeze: see `freezing.plan`; parameters that no rule names keep their requires_grad.
         run_dir: holds everything about the run; the same one resumes it.
         resolved_recipe: JSON values, recorded and compared on resume beside the configs given here.
@@ -83,6 +86,8 @@ def train(
             the same autocast; it may draw random numbers. The first process's values are logged.
         flops: called as `flops(step)`; the model's operations in that update over all processes, forward and backward.
             Where it is given and the device's peak is known, the log has the utilisation ("mfu").
+        place: this process's, in the layout for which the model is distributed already. Default: every process has the
+            whole model and takes samples of its own.
 
     Returns:
         The content of result.json: "description", "steps", "samples", "tokens", "wall_seconds" (over all
@@ -112,6 +117,7 @@ def train(
             resolved_recipe=resolved_recipe or {},
             evaluate=evaluate,
             flops=flops,
+            place=place or Place(),
         )
         return run.finished or run.to_the_end()
 
@@ -132,6 +138,7 @@ class _Run:
     resolved_recipe: dict[str, Any]
     evaluate: Evaluate | None
     flops: FlopsOfUpdate | None
+    place: Place
 
     step: int = 0
     """Finished updates."""
@@ -140,7 +147,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         parallel.require_process_group()
-        self.config.micro_batch_size(parallel.world_size())
+        self.config.micro_batch_size(self.place.layout.data)
         self.device = next(self.model.parameters()).device
         if self.config.precision == "auto":
             self.config = replace(self.config, precision=parallel.on_first(lambda: native_precision(self.device)))
@@ -166,11 +173,12 @@ class _Run:
         if newest:
             self._restore(newest, saved)
         else:
-            parallel.broadcast(list(capture(self.model, self.optimizer, self.trained).values()))
+            fresh = capture(self.model, self.optimizer, self.trained).values()
+            parallel.broadcast([parallel.local(tensor) for tensor in fresh], self.place.group("replicate"))
         if len(saved.get("random", [])) == parallel.world_size():
             restore_random(saved["random"][parallel.rank()])
         else:  # a fresh start, or another number of processes
-            seed_everything(self.config.seed, parallel.rank(), self.step)
+            seed_everything(self.config.seed, self.place.random_stream, self.step)
         self.guard = Guard(self.config.non_finite, **saved.get("guard", {}))
         self.guard.last_good = newest
         self.peak = peak_flops(device_name(self.device), self.config.precision)
@@ -254,26 +262,24 @@ class _Run:
                 loss, count, measured = self.objective(self.model, move(batch, self.device))
             if loss.requires_grad:
                 loss.backward()
-            totals[0] += loss.detach()
-            totals[1] += count
-            metrics.append(measured)
+            if self.place.counts:
+                totals[0] += loss.detach()
+                totals[1] += count
+                metrics.append(measured)
         if not given:
             raise LoaderExhaustedError(self._what_the_data_held())
         totals[2] += wish.requested
-        totals = parallel.sum_gradients([p for _, p in self.parameters], totals)
-        loss_sum, targets, stopping = totals.tolist()
-
-        gradients = {name: p.grad for name, p in self.parameters if p.grad is not None}
+        loss_sum, targets, stopping = parallel.sum_all(totals).tolist()
+        gradients = summed_gradients(self.parameters, self.place)
         if gradients:
             torch._foreach_div_(list(gradients.values()), targets or 1.0)  # pyright: ignore[reportPrivateImportUsage]
-        norm = nn.utils.get_total_norm(list(gradients.values()), foreach=True)
+        norm = gradient_norm(dict(self.parameters), gradients, self.place)
         self.lr = self.optimizer_config.lr * fraction(self.schedule, self.step, self.config.steps)
         self.norm = norm.item()
         objection = self.guard.objection(self.step, loss_sum, targets, self.norm, gradients)
         if objection is None:
             if self.optimizer_config.clip_norm is not None:
-                touched = [p for name, p in self.parameters if name in gradients]
-                nn.utils.clip_grads_with_norm_(touched, self.optimizer_config.clip_norm, norm, foreach=True)
+                clip(gradients, norm, self.optimizer_config.clip_norm)
             set_learning_rate(self.optimizer, self.lr)
             self.optimizer.step()
             flops = None if self.flops is None else self.flops(self.step) * given / accumulate
@@ -305,9 +311,7 @@ class _Run:
                 "guard": {"skipped": self.guard.skipped, "empty": self.guard.empty},
             }
             tensors = capture(self.model, self.optimizer, self.trained)
-            self.guard.last_good = parallel.on_first(
-                lambda: checkpoint.save(self.run_dir, self.step, tensors, state, self.config.keep)
-            )
+            self.guard.last_good = checkpoint.save(self.run_dir, self.step, tensors, state, self.config.keep)
 
     def _evaluation_due(self) -> bool:
         every = self.config.evaluate_every

@@ -1,0 +1,73 @@
+"""Tensor parallelism with its sequence and loss parallelism (section 3.3.2): every matrix of a layer is divided between
+processes, and so are the positions of what stands between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+from .model import Transformer
+
+POSITIONS = Shard(1)
+
+
+def share_tensors(model: Transformer, mesh: DeviceMesh) -> None:
+    """Divides the weights of a model, or of a stage of a pipeline, between the processes of a mesh of one dimension.
+
+    `model.hidden` takes and gives whole rows on every process, except between the stages of a pipeline, where each
+    process passes on the positions that it has. The gradients of what follows `hidden` are summed over the processes:
+    each must have sent back its own part alone, as the loss with `output_weight`, which is divided by rows, does.
+    """
+    plan: dict[str, ParallelStyle] = {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(
+            input_layouts=(POSITIONS, None),
+            desired_input_layouts=(Replicate(), None),  # type: ignore[arg-type]
+        ),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.wo": RowwiseParallel(output_layouts=POSITIONS),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": PrepareModuleInput(input_layouts=(POSITIONS,), desired_input_layouts=(Replicate(),)),
+        "feed_forward.w1": ColwiseParallel(),
+        "feed_forward.w3": ColwiseParallel(),
+        "feed_forward.w2": RowwiseParallel(output_layouts=POSITIONS),
+    }
+    for layer in model.layers:
+        parallelize_module(layer, mesh, plan)
+    first = PrepareModuleInput(
+        input_layouts=(Replicate(), None),  # type: ignore[arg-type]
+        desired_input_layouts=(POSITIONS, None),  # type: ignore[arg-type]
+        use_local_output=True,
+    )
+    parallelize_module(model.layers[0], mesh, first)
+    parallelize_module(
+        model.tok_embeddings, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    )
+    parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=False))
+    model.norm.register_forward_hook(_whole_rows)
+    if model.output is not None:
+        parallelize_module(model.output, mesh, ColwiseParallel())
+
+    def unembed(hidden: Tensor) -> Tensor:
+        weight: Any = model.output_weight
+        return DTensor.from_local(F.linear(hidden, weight.to_local()), mesh, [Shard(hidden.dim() - 1)]).full_tensor()
+
+    model.unembed = unembed  # type: ignore[method-assign]
+
+
+def _whole_rows(_module: Any, _arguments: Any, hidden: Any) -> Tensor:
+    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])

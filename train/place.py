@@ -1,0 +1,84 @@
+"""The place of a process in a layout, and the device mesh that the processes form."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import parallel
+from .layout import Coordinates, Layout, ParallelConfig, lay_out
+
+
+class Place:
+    """Where this process stands. All processes make it at the same time.
+
+    Args:
+        parallel_config: what the processes share.
+
+    Raises:
+        LayoutError: it does not divide the processes.
+
+    Attributes:
+        layout: the degrees of all dimensions.
+        at: this process's coordinates.
+    """
+
+    def __init__(self, parallel_config: ParallelConfig | None = None):
+        self.config = parallel_config or ParallelConfig()
+        self.layout: Layout = lay_out(self.config, parallel.world_size())
+        self.at: Coordinates = self.layout.coordinates(parallel.rank())
+        self._mesh: DeviceMesh | None = None
+        if self.layout.processes > self.layout.replicate:
+            self._mesh, self._context = _make_meshes(self.layout)
+
+    @property
+    def data(self) -> int:
+        """Which of the `layout.data` groups that take rows of their own this process belongs to."""
+        return self.at.shard + self.layout.shard * self.at.replicate
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this process found out about a batch counts: the processes of `tensor` all find the same, and
+        of a pipeline only the last process sees the loss."""
+        return self.at.tensor == 0 and self.at.pipeline == self.layout.pipeline - 1
+
+    @property
+    def random_stream(self) -> int:
+        """Processes of one `tensor` group draw the same random numbers, all others their own."""
+        return parallel.rank() // self.layout.tensor
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """The mesh over which matrices are divided; only where the layout is more than replicas."""
+        assert self._mesh is not None
+        return self._mesh["tensor"]
+
+    @property
+    def storage(self) -> DeviceMesh | None:
+        """The mesh over which weights are stored in shards: of one dimension, or, with replicas, of two (HSDP); None
+        where each process stores whole ones."""
+        if self._mesh is None or self.layout.storage == 1:
+            return None
+        return self._mesh["replicate", "storage"] if self.layout.replicate > 1 else self._mesh["storage"]
+
+    def group(self, dimension: Literal["tensor", "context", "pipeline", "replicate"]) -> dist.ProcessGroup | None:
+        """The processes along one dimension; None, for all there are, where they are replicas of each other alone."""
+        if self._mesh is None:
+            return None
+        return self._context.get_group("context") if dimension == "context" else self._mesh.get_group(dimension)
+
+
+def _make_meshes(layout: Layout) -> tuple[DeviceMesh, DeviceMesh]:
+    """The processes by pipeline, replicate, storage and tensor, and by what they share besides rows and by context.
+    Ranks are those of `Layout.coordinates`."""
+    device, ranks = parallel.device().type, torch.arange(layout.processes).view(tuple(reversed(layout.degrees)))
+    replicate, shard, pipeline, context, tensor = range(5)
+    stored = ranks.permute(pipeline, replicate, shard, context, tensor).flatten(2, 3)
+    rows = ranks.movedim(context, -1).flatten(0, -2)
+    return (
+        DeviceMesh(device, stored, mesh_dim_names=("pipeline", "replicate", "storage", "tensor")),
+        DeviceMesh(device, rows, mesh_dim_names=("others", "context")),
+    )
