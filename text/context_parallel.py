@@ -1,6 +1,6 @@
-"""Context parallelism in the paper's form (section 3.3.2): a row is cut into 2 x C chunks, of which process i has chunks
-i and 2C - 1 - i, so that all have the same work under a causal mask. Keys and values are gathered from all processes
-before the attention, which makes any mask possible, that of documents too."""
+"""Context parallelism in the paper's form (section 3.3.2): a row is cut into 2 x C chunks, of which process i has
+chunks i and 2C - 1 - i, so that all have the same work under a causal mask. Keys and values are gathered from all
+processes before the attention, which makes any mask possible, that of documents too."""
 
 from __future__ import annotations
 
@@ -39,17 +39,19 @@ def share_context(model: Transformer, place: Place) -> None:
     """Makes `model.hidden` one of this process's positions: its tokens (or embeddings) are (B, T / C, ...), `positions`
     and `documents` are those of whole rows (B, T)."""
 
-    def shared(x: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Any) -> Shared:
+    def shared(
+        length: int, device: torch.device, positions: Tensor | None, documents: Tensor | None, cache: Any
+    ) -> Shared:
         if cache is not None:
             raise ValueError("a model that shares rows with other processes (parallel.context) cannot decode")
-        T = x.shape[1] * place.layout.context
+        T = length * place.layout.context
         if model.config.max_seq_len < T:
             raise ValueError(f"a row of {T} tokens is longer than max_seq_len ({model.config.max_seq_len})")
         if positions is None:
-            steps = torch.arange(T, device=x.device)[None]
+            steps = torch.arange(T, device=device)[None]
             positions = steps if documents is None else document_positions(documents)
         turns = rotary_turns(model.config, own_chunks(positions, place))
-        return Shared(turns, GatheredRows.of(place, T, documents, x.device))
+        return Shared(turns, GatheredRows.of(place, T, documents, device))
 
     model.shared = shared  # type: ignore[method-assign]
 

@@ -69,7 +69,8 @@ def _own_rows(weight: Tensor) -> tuple[Tensor, _Part | None]:
     if not isinstance(weight, DTensor):
         return weight, None
     mesh = weight.device_mesh
-    assert tuple(weight.placements) == (Shard(0),) and weight.shape[0] % mesh.size() == 0
+    assert tuple(weight.placements) == (Shard(0),)
+    assert weight.shape[0] % mesh.size() == 0
     own = weight.to_local()
     return own, _Part(mesh.get_local_rank() * own.shape[0], mesh.get_group())
 

@@ -298,27 +298,33 @@ class Transformer(nn.Module):
             raise ValueError("give either tokens or embeddings")
         x = self.embed(tokens) if tokens is not None else embeddings
         assert x is not None
-        shared = self.shared(x, positions, documents, cache)
+        shared = self.shared(x.shape[1], x.device, positions, documents, cache)
         for i, layer in enumerate(self.layers):
             if before_layer is not None:
                 x = before_layer(i, x)
             x = layer(x, shared)
         return self.norm(x)
 
-    def shared(self, x: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Shared:
-        """What the layers share of a pass over x (B, T, D); other arguments as in `forward`."""
-        T, device = x.shape[1], x.device
-        if self.config.max_seq_len < T:
-            raise ValueError(f"a row of {T} tokens is longer than max_seq_len ({self.config.max_seq_len})")
+    def shared(
+        self,
+        length: int,
+        device: torch.device,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        cache: Cache | None,
+    ) -> Shared:
+        """What the layers share of a pass over rows of `length` positions; other arguments as in `forward`."""
+        if self.config.max_seq_len < length:
+            raise ValueError(f"a row of {length} tokens is longer than max_seq_len ({self.config.max_seq_len})")
         if cache is not None and documents is not None:
             raise ValueError("documents cannot be used with a cache: decode each document in its own row")
-        steps = torch.arange(T, device=device)
+        steps = torch.arange(length, device=device)
         sees = None
         if documents is not None:
             sees = see_own_document(documents)
             if positions is None:
                 positions = document_positions(documents)
-        step = None if cache is None else cache.plan(positions, T)
+        step = None if cache is None else cache.plan(positions, length)
         turns = rotary_turns(self.config, steps if positions is None else positions)
         return Shared(turns, sees, cache, step)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from .model import Transformer
+from .model import RMSNorm, Shared, Transformer
 
 POSITIONS = Shard(1)
 
@@ -26,9 +26,10 @@ POSITIONS = Shard(1)
 def share_tensors(model: Transformer, mesh: DeviceMesh) -> None:
     """Divides the weights of a model, or of a stage of a pipeline, between the processes of a mesh of one dimension.
 
-    `model.hidden` takes and gives whole rows on every process, except between the stages of a pipeline, where each
-    process passes on the positions that it has. The gradients of what follows `hidden` are summed over the processes:
-    each must have sent back its own part alone, as the loss with `output_weight`, which is divided by rows, does.
+    `model.hidden` takes the tokens of whole rows on every process, or the embeddings (B, T / tensor, D) of this
+    process's positions; it gives whole rows, or, in a stage of a pipeline but the last, its own positions. The
+    gradients of what follows the last norm are summed over the processes: each must have sent back its own part alone,
+    as the loss with `output_weight`, which is divided by rows, does.
     """
     plan: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(),
@@ -48,15 +49,20 @@ def share_tensors(model: Transformer, mesh: DeviceMesh) -> None:
     }
     for layer in model.layers:
         parallelize_module(layer, mesh, plan)
-    first = PrepareModuleInput(
-        input_layouts=(Replicate(), None),  # type: ignore[arg-type]
-        desired_input_layouts=(POSITIONS, None),  # type: ignore[arg-type]
-        use_local_output=True,
-    )
-    parallelize_module(model.layers[0], mesh, first)
-    parallelize_module(
-        model.tok_embeddings, mesh, RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-    )
+    if isinstance(model.tok_embeddings, nn.Embedding):
+        embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=POSITIONS)
+        parallelize_module(model.tok_embeddings, mesh, embedding)
+    shared = model.shared
+
+    def shared_by_rows(length: int, *others: Any) -> Shared:
+        return shared(length * mesh.size(), *others)
+
+    model.shared = shared_by_rows  # type: ignore[method-assign]
+    if isinstance(model.norm, RMSNorm):
+        _end_with_whole_rows(model, mesh)
+
+
+def _end_with_whole_rows(model: Transformer, mesh: DeviceMesh) -> None:
     parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=False))
     model.norm.register_forward_hook(_whole_rows)
     if model.output is not None:

@@ -184,7 +184,9 @@ def bubble(parallel: ParallelConfig, micro_batches: int) -> float:
 
 
 def run_length(parallel: ParallelConfig, micro_batches: int) -> int:
-    """Micro-batches that a stage takes in a row: N of the interleaved schedule, else as the schedule has it.
+    """Micro-batches that a stage takes in a row, at most: N of the interleaved schedule, else as the schedule has it.
+    Where N does not divide them, the runs are a little longer and as equal as can be: after one shorter than the
+    pipeline, processes would wait for each other for ever.
 
     Raises:
         LayoutError: so few that the first process would wait for the last within every round.
@@ -201,7 +203,7 @@ def run_length(parallel: ParallelConfig, micro_batches: int) -> int:
             f"{run} is below min(pipeline, micro-batches) = min({parallel.pipeline}, {micro_batches}) = {least}: the "
             "first process would wait for the last in every round",
         )
-    return run
+    return math.ceil(micro_batches / (micro_batches // run))
 
 
 def passes_in_flight(parallel: ParallelConfig, process: int, micro_batches: int) -> int:

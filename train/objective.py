@@ -13,6 +13,9 @@ Metrics = Mapping[str, tuple[Tensor | float, Tensor | float]]
 lines of the log; what is logged is sum / count. A name may be absent where a batch has nothing to say on it.
 """
 
+Outcome = tuple[Tensor, Tensor | int, Metrics]
+"""Of a batch: the loss sum, the number of targets, and the metrics; see `Objective`."""
+
 
 class Objective(Protocol):
     """What a stage optimises: a plain function.
@@ -22,7 +25,7 @@ class Objective(Protocol):
     samples into micro-batches, processes or packed rows gives the same update.
     """
 
-    def __call__(self, model: Any, batch: Any, /) -> tuple[Tensor, Tensor | int, Metrics]:
+    def __call__(self, model: Any, batch: Any, /) -> Outcome:
         """Runs under autocast (the backward pass does not).
 
         Returns:

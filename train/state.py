@@ -91,7 +91,8 @@ def _weights(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
 
 def fingerprint(model: nn.Module, trained: Sequence[str]) -> dict[str, str]:
     """A short hash of each parameter that never trains, over shape, dtype and a sample of its values: enough
-    to notice that a run is resumed on top of other frozen weights, cheap for billions of them. All processes call it."""
+    to notice that a run is resumed on top of other frozen weights, cheap for billions of them. All processes
+    call it."""
     never = dict(model.named_parameters())
     for name in trained:
         del never[name]

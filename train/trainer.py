@@ -10,7 +10,7 @@ whole checkpoint, on the same layout bit for bit as if nothing had happened.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -28,9 +28,10 @@ from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, 
 from .gradients import clip, gradient_norm, summed_gradients
 from .guard import Guard, Termination, termination
 from .meters import Meters
-from .objective import Loader, Objective, move
+from .objective import Loader, Objective, Outcome, move
 from .optimizer import build_optimizer, set_learning_rate
 from .peak_flops import device_name, peak_flops
+from .pipeline import Pipeline
 from .place import Place
 from .precision import native_precision
 from .progress import ProgressLine
@@ -70,6 +71,7 @@ def train(
     evaluate: Evaluate | None = None,
     flops: FlopsOfUpdate | None = None,
     place: Place | None = None,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, Any]:
     """Trains a model in place, or resumes, or, where the run is finished, loads its final weights.
 
@@ -77,8 +79,8 @@ def train(
         model: on the device to train on; what is to be trained is float32 (or float64), what is frozen may be
             of any precision. On resume, frozen parameters must be those of the first start. Afterwards it has
             the modes and the requires_grad that it had before.
-        loader: micro-batches of `trainer.micro_batch_size(place.layout.data, step)` samples, those of group `place.data`.
-            Where its data end in the middle of an update, the update is made of what there is.
+        loader: micro-batches of `trainer.micro_batch_size(place.layout.data, step)` samples, those of group
+            `place.data`. Where its data end in the middle of an update, the update is made of what there is.
         freeze: see `freezing.plan`; parameters that no rule names keep their requires_grad.
         run_dir: holds everything about the run; the same one resumes it.
         resolved_recipe: JSON values, recorded and compared on resume beside the configs given here.
@@ -88,6 +90,7 @@ def train(
             Where it is given and the device's peak is known, the log has the utilisation ("mfu").
         place: this process's, in the layout for which the model is distributed already. Default: every process has the
             whole model and takes samples of its own.
+        pipeline: runs the micro-batches of an update through the stages of the model; the objective is then its own.
 
     Returns:
         The content of result.json: "description", "steps", "samples", "tokens", "wall_seconds" (over all
@@ -118,6 +121,7 @@ def train(
             evaluate=evaluate,
             flops=flops,
             place=place or Place(),
+            pipeline=pipeline,
         )
         return run.finished or run.to_the_end()
 
@@ -139,6 +143,7 @@ class _Run:
     evaluate: Evaluate | None
     flops: FlopsOfUpdate | None
     place: Place
+    pipeline: Pipeline | None
 
     step: int = 0
     """Finished updates."""
@@ -254,14 +259,18 @@ class _Run:
         metrics = []
         batch_size, accumulate = self.config.batch_at(self.step)
         given = 0
-        for batch in islice(batches, accumulate):
-            given += 1
-            if batch is None:  # the data end with this step, and nothing is left for this process
-                continue
-            with self.autocast:
-                loss, count, measured = self.objective(self.model, move(batch, self.device))
-            if loss.requires_grad:
-                loss.backward()
+
+        def counted() -> Iterator[Any]:
+            nonlocal given
+            for batch in islice(batches, accumulate):
+                given += 1
+                yield batch
+
+        if self.pipeline is not None:
+            outcomes = self.pipeline(counted(), self.device, self.autocast)
+        else:
+            outcomes = self._one_by_one(counted())
+        for loss, count, measured in outcomes:
             if self.place.counts:
                 totals[0] += loss.detach()
                 totals[1] += count
@@ -289,6 +298,16 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return stopping > 0
+
+    def _one_by_one(self, batches: Iterable[Any]) -> Iterator[Outcome]:
+        for batch in batches:
+            if batch is None:  # the data end with this step, and nothing is left for this process
+                continue
+            with self.autocast:
+                outcome = self.objective(self.model, move(batch, self.device))
+            if outcome[0].requires_grad:
+                outcome[0].backward()
+            yield outcome
 
     def _what_the_data_held(self) -> str:
         consumed = getattr(self.loader, "consumed", None)

@@ -64,7 +64,7 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, steps=STEPS,
     """The gradients of every update and the final weights, by name, whole."""
     place = Place(ParallelConfig(**layout))
     model = make_model(tied).to(getattr(torch, dtype))
-    distribute(model, place, LENGTH)
+    pipeline = distribute(model, place, LENGTH)
     names = {id(p): name for name, p in model.named_parameters()}
     updates = []
 
@@ -83,6 +83,7 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, steps=STEPS,
         freeze=freeze,
         run_dir=run_dir,
         place=place,
+        pipeline=pipeline,
     )
     hook.remove()
     return {

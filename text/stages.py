@@ -1,0 +1,62 @@
+"""The language model as stages of a pipeline (section 3.3.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..train.pipeline import Handed, Outcome, Pipeline, StageModule
+from ..train.place import Place
+from .context_parallel import own_positions
+from .model import Transformer
+from .objective import token_loss
+from .parallel import Stage, stages
+from .rows import TokenBatch
+
+
+def cut(model: Transformer, place: Place) -> dict[int, Transformer]:
+    """This process's stages by their number, as models whose `hidden` runs the layers that they have. The model keeps
+    what they have, under the same names as before, and cannot be run any more."""
+    everything = stages(model.config, place.config)
+    own = {i: everything[i] for i in range(place.at.pipeline, len(everything), place.config.pipeline)}
+    parts = {i: _part(model, stage) for i, stage in own.items()}
+    model.layers = nn.ModuleDict({str(i): model.layers[i] for stage in own.values() for i in stage.layers})  # type: ignore[assignment]
+    if not any(stage.embedding for stage in own.values()):
+        model.tok_embeddings = nn.Identity()  # type: ignore[assignment]
+    if not any(stage.output for stage in own.values()):
+        model.norm, model.output = nn.Identity(), None  # type: ignore[assignment]
+    return parts
+
+
+def _part(model: Transformer, stage: Stage) -> Transformer:
+    part = Transformer.__new__(Transformer)
+    nn.Module.__init__(part)
+    part.config = model.config
+    part.tok_embeddings = model.tok_embeddings if stage.embedding else nn.Identity()  # type: ignore[assignment]
+    part.layers = nn.ModuleList(model.layers[i] for i in stage.layers)
+    part.norm = model.norm if stage.output else nn.Identity()  # type: ignore[assignment]
+    part.output = model.output if stage.output else None
+    return part
+
+
+def stage_module(part: Transformer, place: Place) -> StageModule:
+    def run(part: Transformer, x: Tensor | None, batch: TokenBatch) -> Tensor:
+        if x is not None:
+            return part.hidden(embeddings=x, documents=batch.documents)
+        return part.hidden(own_positions(batch, place).tokens, documents=batch.documents)
+
+    return StageModule(part, run)
+
+
+def pipeline_of(modules: dict[int, StageModule], model: Transformer, place: Place) -> Pipeline:
+    """The next-token objective of `herdkit.text.objective` through the stages."""
+    dtype = next(model.parameters()).dtype
+
+    def objective(part: Transformer, hidden: Tensor, batch: TokenBatch) -> Outcome:
+        return token_loss(part, hidden, own_positions(batch, place).labels)
+
+    def handed(batch: TokenBatch) -> Handed:
+        rows, length = batch.tokens.shape
+        own = length // place.layout.context
+        return Handed((rows, own // place.layout.tensor, model.config.dim), (rows, own, model.config.dim), dtype)
+
+    return Pipeline(place, modules, objective, handed)

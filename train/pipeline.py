@@ -1,0 +1,159 @@
+"""Pipelines: the layers of a model on several processes, through which micro-batches run one behind the other
+(section 3.3.2). Torch runs them; the order of the passes is the paper's, with which any number of micro-batches will
+do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, _Action, _PipelineScheduleRuntime
+
+from .layout import ParallelConfig, passes_in_flight, run_length
+from .objective import Outcome, move
+from .place import Place
+
+
+class StageModule(nn.Module):
+    """One stage of a pipeline, as torch's stages call it. To be given to `fully_shard` as a whole.
+
+    Args:
+        part: the modules of the stage.
+        run: called as `run(part, x, batch)`, where x is what the stage before gave, or None in the first one; gives
+            what the next one takes, in the last one what the loss is made of.
+    """
+
+    def __init__(self, part: nn.Module, run: Callable[[Any, Tensor | None, Any], Tensor]):
+        super().__init__()
+        self.part, self.run = part, run
+        self.micro_batches: Sequence[Any] = ()
+        self.precision: AbstractContextManager[Any]
+
+    def forward(self, x: Tensor, *, number: Tensor) -> Tensor:
+        # The schedule hands on one tensor; the rest of a micro-batch is there on every process, under its number.
+        batch = self.micro_batches[int(number)]
+        with self.precision:
+            return self.run(self.part, None if x.dtype == torch.int64 else x, batch)
+
+
+class Handed(NamedTuple):
+    """The shape of what a stage hands to the next one, and of what the last one gives."""
+
+    between: tuple[int, ...]
+    last: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Pipeline:
+    """This process's stages, and the schedule that runs them.
+
+    Args:
+        stages: by their number among all; those of `herdkit.train.layout.ParallelConfig`, every `pipeline`-th.
+        objective: called as `objective(part, x, batch)` with the last stage's part and what it gave; gives what an
+            `Objective` gives.
+        handed: called as `handed(batch)`; the same for all micro-batches of an update.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        stages: dict[int, StageModule],
+        objective: Callable[[Any, Tensor, Any], Outcome],
+        handed: Callable[[Any], Handed],
+    ):
+        self.place, self.stages, self.objective, self.handed = place, stages, objective, handed
+        self._schedules: dict[tuple[int, Handed], _Schedule] = {}
+        self._outcomes: list[Outcome] = []
+
+    def __call__(
+        self, batches: Iterable[Any], device: torch.device, precision: AbstractContextManager[Any]
+    ) -> list[Outcome]:
+        """Runs micro-batches forward and backward; gradients add up in the parameters.
+
+        Args:
+            precision: the autocast under which stages and objective run; the backward pass does not.
+
+        Returns: in the process with the last stage what the objective gave for each, in the others nothing.
+        """
+        micro_batches = [move(batch, device) for batch in batches]
+        if not micro_batches:
+            return []
+        for module in self.stages.values():
+            module.micro_batches, module.precision = micro_batches, precision
+        self._outcomes = []
+        numbers = torch.arange(len(micro_batches))
+        schedule = self._schedule(len(micro_batches), self.handed(micro_batches[0]), device)
+        first = (numbers,) if 0 in self.stages else ()
+        schedule.step(*first, number=numbers, target=numbers, return_outputs=False)
+        return self._outcomes
+
+    def _loss(self, x: Tensor, number: Tensor) -> Tensor:
+        last = self.stages[max(self.stages)]
+        with last.precision:
+            outcome = self.objective(last.part, x, last.micro_batches[int(number)])
+        self._outcomes.append(outcome)
+        return outcome[0]
+
+    def _schedule(self, count: int, handed: Handed, device: torch.device) -> _Schedule:
+        if (count, handed) not in self._schedules:
+            self._schedules[count, handed] = self._make_schedule(count, handed, device)
+        return self._schedules[count, handed]
+
+    def _make_schedule(self, count: int, handed: Handed, device: torch.device) -> _Schedule:
+        parallel = self.place.config
+        total = parallel.pipeline * parallel.chunks
+        between, last = (torch.empty(shape, dtype=handed.dtype, device="meta") for shape in handed[:2])
+        number = torch.empty(1, dtype=torch.int64, device="meta")
+        stages = [
+            PipelineStage(
+                module,
+                index,
+                total,
+                device,
+                input_args=number if index == 0 else between,
+                output_args=last if index == total - 1 else between,
+                group=self.place.group("pipeline"),
+            )
+            for index, module in self.stages.items()
+        ]
+        return _Schedule(stages, count, parallel, self._loss)
+
+
+class _Schedule(_PipelineScheduleRuntime):
+    def __init__(self, stages: list[PipelineStage], count: int, parallel: ParallelConfig, loss: Callable[..., Tensor]):
+        super().__init__(stages, count, loss, scale_grads=False)  # type: ignore[arg-type]
+        order: dict[int, list[_Action | None]] = {
+            process: [
+                _Action(stage, FORWARD if forward else FULL_BACKWARD, number) for stage, forward, number in actions
+            ]
+            for process, actions in enumerate(order_of_passes(parallel, count))
+        }
+        self._prepare_schedule_with_comms(order)
+
+
+def order_of_passes(parallel: ParallelConfig, count: int) -> list[list[tuple[int, bool, int]]]:
+    """What each process of a pipeline does in turn: (stage, whether forward, micro-batch), for `count` micro-batches.
+
+    A stage takes `run_length` of them in a row before the process goes on to its next stage (N in the paper); after as
+    many forward passes as must be in flight, backward and forward passes take turns.
+    """
+    run, orders = run_length(parallel, count), []
+    for process in range(parallel.pipeline):
+        stages = range(process, parallel.pipeline * parallel.chunks, parallel.pipeline)
+        groups = np.array_split(range(count), math.ceil(count / run))
+        forward = [(stage, True, number) for group in groups for stage in stages for number in group.tolist()]
+        backward = [
+            (stage, False, number) for group in groups for stage in reversed(stages) for number in group.tolist()
+        ]
+        ahead = passes_in_flight(parallel, process, count)
+        order = forward[:ahead]
+        for i, action in enumerate(backward):
+            order += [action, *forward[ahead + i : ahead + i + 1]]
+        orders.append(order)
+    return orders
