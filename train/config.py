@@ -161,6 +161,8 @@ class TrainerConfig:
         evaluate_every: updates between calls of the evaluation hook; None: at the end alone.
         non_finite: at a loss or gradient that is not finite, "stop" with an error that leaves the last good
             checkpoint, or "skip" the update and count it.
+        trackers: get what is logged too: "tensorboard", "wandb" (Weights & Biases), see `Trackers`.
+        profile_at: traces three updates once this many are finished, see `Profiling`.
     """
 
     steps: int
@@ -174,11 +176,15 @@ class TrainerConfig:
     log_every: int = 10
     evaluate_every: int | None = None
     non_finite: Literal["stop", "skip"] = "stop"
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    profile_at: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require((self.evaluate_every or 1) >= 1, "evaluate_every", "at least 1", self.evaluate_every)
+        _require((self.profile_at or 0) >= 0, "profile_at", "at least 0", self.profile_at)
+        _require(len(set(self.trackers)) == len(self.trackers), "trackers", "different from each other", self.trackers)
         starts = [change.from_step for change in self.ramp]
         _require(starts == sorted(set(starts)), "ramp", "in ascending order of from_step", starts)
         self.micro_batch_size(1)

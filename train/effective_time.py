@@ -67,11 +67,13 @@ class EffectiveTime:
     def begin_update(self) -> None:
         self._began = time.monotonic()
 
-    def end_update(self) -> None:
-        """After an update that was made."""
+    def end_update(self) -> float:
+        """After an update that was made; returns its seconds."""
+        seconds = time.monotonic() - self._began
         if self._warm:
-            self.useful += time.monotonic() - self._began
+            self.useful += seconds
         self._warm = True
+        return seconds
 
     def elapsed(self) -> float:
         """Seconds. A clock that was set back does not make the run more than effective."""

@@ -19,10 +19,13 @@ from . import parallel
 from .effective_time import EffectiveTime
 from .files import drop_lines_after, finite, read_lines, sync
 from .objective import Metrics
+from .stopwatch import Stopwatch
+from .trackers import Trackers
 
 OWN_KEYS = {
     "step", "loss", "lr", "grad_norm", "tokens", "samples", "tokens_per_second", "wall_seconds",
     "peak_memory_bytes", "skipped_steps", "evaluation", "effective_time", "mfu",
+    "gradient_sum_time",
 }  # fmt: skip
 
 
@@ -36,15 +39,27 @@ class Meters:
     line before, without the time of checkpoints and evaluations. "mfu" (model FLOPs utilisation) is the share that the
     model's own operations over the same time have of the devices' peak: forward pass and twice as much backward,
     nothing that is computed again; it is absent where one of the two is not known. "effective_time" is the useful share
-    of the time since the run's first start, see `EffectiveTime`. Lines with "evaluation" hold what the evaluation hook
-    found. Numbers that are not finite are null.
+    of the time since the run's first start, see `EffectiveTime`. "gradient_sum_time" is the share of the updates' own
+    time, waiting for data included, that processes spent in summing gradients over each other, waiting for the slowest
+    included: the mean over processes since the line before; absent where there is one process. Lines with "evaluation"
+    hold what the evaluation hook found. Numbers that are not finite are null.
 
     Args:
         state: `state_dict()` of the checkpoint that the run goes on from; lines past its step are dropped.
         peak: floating-point operations a second of all devices together at most, see `peak_flops`.
+        device: that this process trains on.
+        trackers: get every line too.
     """
 
-    def __init__(self, run_dir: Path, step: int = 0, state: dict[str, Any] | None = None, peak: float | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        state: dict[str, Any] | None,
+        peak: float | None,
+        device: torch.device,
+        trackers: Trackers,
+    ):
         state = state or {}
         self.path = run_dir / "metrics.jsonl"
         self.interval: dict[str, list[float]] = state.get("interval", {})
@@ -60,6 +75,9 @@ class Meters:
         self._interval_tokens = 0.0
         self._interval_flops = 0.0
         self._peak = peak
+        self._trackers = trackers
+        self.gradient_sum = Stopwatch(device)
+        """To measure the sum of each update's gradients over processes with."""
         self.effective = EffectiveTime(run_dir, state.get("useful_seconds", 0.0))
         parallel.on_first(lambda: drop_lines_after(self.path, step))
 
@@ -80,7 +98,9 @@ class Meters:
         self, loss: float, count: float, samples: int, metrics: list[Metrics], flops: float | None = None
     ) -> None:
         """Adds an update: its loss sum, count and FLOPs over all processes, and this process's metrics by batch."""
-        self.effective.end_update()
+        seconds = self.effective.end_update()
+        if parallel.world_size() > 1:
+            self._add_local("gradient_sum_time", self.gradient_sum.seconds(), seconds)
         for sums in (self.interval, self.run):
             _add(sums, "loss", loss, count)
         self.tokens += count
@@ -91,9 +111,7 @@ class Meters:
             for name, (value, number) in batch.items():
                 if name in OWN_KEYS:
                     raise ValueError(f"metric '{name}' has the name of a field of metrics.jsonl: rename it")
-                # Detached sums stay on their device: reading them here would wait for it on every update.
-                before = self._local.get(name, (0.0, 0.0))
-                self._local[name] = (before[0] + _detached(value), before[1] + _detached(number))
+                self._add_local(name, value, number)
 
     def log(self, step: int, lr: float, grad_norm: float, skipped: int) -> None:
         """Writes the line of the updates since the last one. All processes call it."""
@@ -163,6 +181,11 @@ class Meters:
             "peak_memory_bytes": self.peak_memory,
         }
 
+    def _add_local(self, name: str, value: Tensor | float, number: Tensor | float) -> None:
+        # Detached sums stay on their device: reading them here would wait for it on every update.
+        before = self._local.get(name, (0.0, 0.0))
+        self._local[name] = (before[0] + _detached(value), before[1] + _detached(number))
+
     def _reduce(self) -> None:
         """Adds the metrics of all processes, which may have seen different names, to the sums."""
         local = {name: (float(value), float(number)) for name, (value, number) in self._local.items()}
@@ -185,6 +208,7 @@ class Meters:
         if parallel.rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line)) + "\n")
+            self._trackers.write(finite(line))
 
 
 def _add(sums: dict[str, list[float]], name: str, value: float, count: float) -> None:

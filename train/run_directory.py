@@ -1,5 +1,5 @@
 """The directory of a run: recipe.json, environment.json, metrics.jsonl, starts.jsonl, bad_samples.jsonl,
-checkpoints/, result.json."""
+checkpoints/, profiles/, result.json, and what trackers keep there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from . import checkpoint, parallel
 from .files import write_json
 from .peak_flops import device_name
 
-MAY_CHANGE = ("steps", "accumulate", "checkpoint_every", "keep", "log_every", "evaluate_every", "non_finite")
+MAY_CHANGE = (
+    "steps", "accumulate", "checkpoint_every", "keep", "log_every", "evaluate_every", "non_finite",
+    "trackers", "profile_at",
+)  # fmt: skip
 """Fields of TrainerConfig that may change when a run is resumed: its length, layout, log and caution."""
 
 

@@ -34,6 +34,7 @@ from .peak_flops import device_name, peak_flops
 from .pipeline import Pipeline
 from .place import Place
 from .precision import native_precision
+from .profiling import Profiling
 from .progress import ProgressLine
 from .run_directory import RunDirectoryError, open_run, read_result
 from .schedule import fraction
@@ -47,6 +48,7 @@ from .state import (
     same_random_afterwards,
     seed_everything,
 )
+from .trackers import Trackers
 
 Evaluate = Callable[[Any, int], dict[str, float]]
 FlopsOfUpdate = Callable[[int], float]
@@ -180,6 +182,8 @@ class _Run:
         else:
             fresh = capture(self.model, self.optimizer, self.trained).values()
             parallel.broadcast([parallel.local(tensor) for tensor in fresh], self.place.group("replicate"))
+        trackers = () if self.finished else self.config.trackers
+        self.trackers = Trackers(trackers, self.run_dir, self.step, self.recipe)
         if len(saved.get("random", [])) == parallel.world_size():
             restore_random(saved["random"][parallel.rank()])
         else:  # a fresh start, or another number of processes
@@ -188,7 +192,8 @@ class _Run:
         self.guard.last_good = newest
         self.peak = peak_flops(device_name(self.device), self.config.precision)
         peak = self.peak and self.peak * parallel.world_size()
-        self.meters = Meters(self.run_dir, self.step, saved.get("meters"), peak)
+        self.meters = Meters(self.run_dir, self.step, saved.get("meters"), peak, self.device, self.trackers)
+        self.profiling = Profiling(self.run_dir, self.config.profile_at, self.device, self.progress.say)
         self.bad_samples = BadSampleLog(self.run_dir, self.loader, self.step)
         self.progress.first = self.step
 
@@ -216,7 +221,7 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """The loop."""
         config = self.config
-        with self.progress, termination() as wish, self._start():
+        with self.progress, termination() as wish, self.trackers, self._start(), self.profiling:
             batches = iter(self.loader)
             changes = {step for step in change_steps(self.freeze) if step > self.step}
             if self._evaluation_due():  # it was killed between its checkpoint and its evaluation
@@ -226,6 +231,8 @@ class _Run:
             while self.step < config.steps:
                 if self.step in changes:
                     self._apply_freeze()
+                with self.meters.pause():
+                    self.profiling.turn(self.step)
                 self.meters.effective.begin_update()
                 stopping = self._update(batches, wish)
                 last = self.step == config.steps
@@ -255,7 +262,8 @@ class _Run:
 
     def _update(self, batches: Iterator[Any], wish: Termination) -> bool:
         """One update of the weights; returns whether any process was told to terminate."""
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, targets, wishes to stop
+        # loss, targets, wishes to stop, wishes for a profile
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         metrics = []
         batch_size, accumulate = self.config.batch_at(self.step)
         given = 0
@@ -278,8 +286,11 @@ class _Run:
         if not given:
             raise LoaderExhaustedError(self._what_the_data_held())
         totals[2] += wish.requested
-        loss_sum, targets, stopping = parallel.sum_all(totals).tolist()
-        gradients = summed_gradients(self.parameters, self.place)
+        totals[3] += self.profiling.wanted()
+        with self.meters.gradient_sum.measured():
+            loss_sum, targets, stopping, profiling = parallel.sum_all(totals).tolist()
+            gradients = summed_gradients(self.parameters, self.place)
+        self.profiling.agreed = profiling > 0
         if gradients:
             torch._foreach_div_(list(gradients.values()), targets or 1.0)  # pyright: ignore[reportPrivateImportUsage]
         norm = gradient_norm(dict(self.parameters), gradients, self.place)

@@ -161,7 +161,17 @@ def recorded_gradients():
 
 
 def main(
-    mode, run_dir, steps=12, dropout=0.3, number=0, environ=None, out=None, dtype="float32", images=None, end=None
+    mode,
+    run_dir,
+    steps=12,
+    dropout=0.3,
+    number=0,
+    environ=None,
+    out=None,
+    dtype="float32",
+    images=None,
+    end=None,
+    trainer=None,
 ):
     torch.set_num_threads(1)
     os.environ.update(environ or {})
@@ -183,7 +193,7 @@ def main(
         model = model.to(dtype)
         settings = configs(
             steps,
-            trainer={"evaluate_every": 4},
+            trainer={"evaluate_every": 4, **(trainer or {})},
             optimizer={"clip_norm": None} if mode == "gradients" else None,
         )
         loader = ToyLoader(
