@@ -118,6 +118,17 @@ def build_parser() -> argparse.ArgumentParser:
     watch_parser.add_argument("--html", type=Path, metavar="FILE", help="write one page on all of them instead")
     watch_parser.add_argument("--every", type=float, default=3.0, help="seconds between looks (%(default)s)")
 
+    profile_parser = command(
+        "profile",
+        profile,
+        "Trace the next updates of a run that is training, and show what took their time.",
+        "herdkit profile runs/sft",
+    )
+    profile_parser.set_defaults(interrupted="the run goes on; a request that it has not taken is withdrawn")
+    profile_parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="of the run")
+    profile_parser.add_argument("--updates", type=int, default=3, metavar="N", help="to trace (%(default)s)")
+    profile_parser.add_argument("--ranks", type=int, nargs="+", metavar="RANK", help="of the processes to trace (all)")
+
     scaling_parser = command(
         "scaling-laws",
         scaling_laws,
@@ -279,6 +290,16 @@ def watch(options: argparse.Namespace) -> None:
 
     write_report(read_runs(options.runs), options.html)
     print(json.dumps({"report": str(options.html)}))
+
+
+def profile(options: argparse.Namespace) -> None:
+    from .train.profile_request import ProfileRequest, ask
+    from .train.profiles import traces_of
+
+    request = ProfileRequest(updates=options.updates, ranks=options.ranks)
+    table = ask(options.run_dir, request, say=lambda text: print(text, file=sys.stderr))
+    print(table.read_text(encoding="utf-8"))
+    print(json.dumps({"table": str(table), "traces": [str(path) for path in traces_of(table)]}))
 
 
 def convert(options: argparse.Namespace) -> None:

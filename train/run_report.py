@@ -24,7 +24,8 @@ from .watch import grouped, metric_names, number, percent, size
 
 POINTS = 1000  # of a line in a plot, at most
 SMOOTHED = 100  # points, from which on a line is drawn with its moving average
-FIRST = ("lr", "grad_norm", "tokens_per_second", "mfu", "effective_time", "peak_memory_bytes", "skipped_steps")
+FIRST = ("lr", "grad_norm", "tokens_per_second", "mfu", "gradient_sum_time", "effective_time", "peak_memory_bytes",
+         "skipped_steps")  # fmt: skip
 LAST = ("tokens", "samples", "wall_seconds")
 WITHOUT_NOISE = {"lr", "effective_time", "peak_memory_bytes", "skipped_steps", *LAST}
 STYLE = """
@@ -113,6 +114,9 @@ def details(run: RunView) -> Iterable[str]:
         ]
         yield "<h3>Freeze rules, of which the last that matches counts</h3>"
         yield table(("parameters", "are", "from step"), rules, right_from=2)
+    if run.profile is not None:
+        text = html.escape(run.profile.read_text(encoding="utf-8"))
+        yield f"<details><summary>Profile {run.profile.stem}</summary><pre>{text}</pre></details>"
     for heading, values in (("Recipe", run.recipe), ("Environment", run.environment), ("Result", run.result)):
         if values:
             text = html.escape(json.dumps(values, indent=1, ensure_ascii=False))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from .checkpoint import list_checkpoints, step_of
 from .effective_time import STARTS
 from .files import read_lines
+from .profiles import tables
 from .run_directory import RunDirectoryError
 
 RECIPE, METRICS = "recipe.json", "metrics.jsonl"
@@ -54,6 +55,7 @@ class RunView:
         lines: of metrics.jsonl with what was measured while training, evaluations: (step, what was found).
         events: of starts.jsonl; none where an older release trained.
         checkpoint: (step, when it was written) of the newest.
+        profile: the newest table of a profile.
         written: when any file of the run was last written, in seconds since 1970 like `now`.
     """
 
@@ -66,6 +68,7 @@ class RunView:
     events: list[dict[str, Any]]
     bad_samples: int
     checkpoint: tuple[int, float] | None
+    profile: Path | None
     written: float
     now: float
 
@@ -179,6 +182,7 @@ def read_run(path: Path) -> RunView:
         # Faults of shards have no position.
         bad_samples=sum("position" in line for line in read_lines(path / "bad_samples.jsonl")),
         checkpoint=(step_of(newest[0]), _written(newest[0])) if newest else None,
+        profile=next(reversed(tables(path)), None),
         written=max(times),
         now=time.time(),
     )

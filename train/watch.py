@@ -170,6 +170,9 @@ def _one(run: RunView, bars: str) -> Group:
     row("tokens/s", grouped(last.get("tokens_per_second")), course(rates, bars=bars))
     if "mfu" in last:
         row("MFU", percent(last["mfu"]))
+    if "gradient_sum_time" in last:
+        shares = [line.get("gradient_sum_time") for line in run.lines]
+        row("gradient sums", percent(last["gradient_sum_time"]), course(shares, bars=bars))
     row("tokens", grouped(last.get("tokens")), f"{grouped(last.get('samples'))} samples")
     row("peak memory", size(last.get("peak_memory_bytes")))
     row("effective time", percent(last.get("effective_time")), _starts_in_words(run))
@@ -182,6 +185,8 @@ def _one(run: RunView, bars: str) -> Group:
     if run.evaluations:
         step, found = run.evaluations[-1]
         row("evaluation", f"{step:,}", Text("  ".join(f"{name} {_any(value)}" for name, value in found.items())))
+    if run.profile is not None:
+        row("profile", "", Text(str(run.profile.relative_to(run.path))))
     return Group(title, table)
 
 
