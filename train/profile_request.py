@@ -14,6 +14,7 @@ from .run_view import read_run
 
 REQUEST = "profile"
 LOOK_EVERY = 1.0  # seconds
+WRITING = 900.0  # seconds that a run may be silent over a profile: traces of large models take minutes to write
 
 
 class ProfileError(RuntimeError):
@@ -73,7 +74,7 @@ def ask(run_dir: Path, request: ProfileRequest, say: Callable[[str], None] = lam
     """
     before = {path: path.stat().st_mtime_ns for path in tables(run_dir)}
     path = run_dir / REQUEST
-    if (reason := _why_not_running(run_dir)) is not None:
+    if (reason := _why_not_running(run_dir, patience=0.0)) is not None:
         raise ProfileError(f"{reason}; only a run that is training can be profiled (or set trainer.profile_at)")
     if path.exists():
         raise ProfileError(f"{path}: somebody has asked for a profile already; delete it to withdraw that")
@@ -82,7 +83,7 @@ def ask(run_dir: Path, request: ProfileRequest, say: Callable[[str], None] = lam
     is_taken = False
     try:
         while True:
-            reason = _why_not_running(run_dir)
+            reason = _why_not_running(run_dir, patience=WRITING if is_taken else 0.0)
             # Looked for after that: a run that has ended may have left it just before.
             new = [table for table in tables(run_dir) if before.get(table) != table.stat().st_mtime_ns]
             if new:
@@ -98,6 +99,7 @@ def ask(run_dir: Path, request: ProfileRequest, say: Callable[[str], None] = lam
             path.unlink(missing_ok=True)
 
 
-def _why_not_running(run_dir: Path) -> str | None:
+def _why_not_running(run_dir: Path, patience: float) -> str | None:
     run = read_run(run_dir)
-    return None if run.state == "running" else f"{run_dir}: {run.account}"
+    is_busy = run.state == "silent" and run.quiet < patience
+    return None if run.state == "running" or is_busy else f"{run_dir}: {run.account}"

@@ -89,8 +89,8 @@ class Profiling:
         active, self._active = self._active, None
         if active is None:
             return
+        active.end_update()
         if kind is None:  # the run is shorter than the profile
-            active.end_update()
             self._finish(active)
         elif active.trace is not None:  # the others may not be there to agree on anything
             active.trace.stop()
@@ -105,6 +105,7 @@ class Profiling:
             self.say(str(error))
             return
         self._active = active = _Active(request, step)
+        self._wait_for_device()
         if request.of(parallel.rank()):
             activities = [ProfilerActivity.CPU]
             if self.device.type == "cuda":
@@ -114,7 +115,6 @@ class Profiling:
                 active.trace.start()
             except RuntimeError as error:  # another profiler is at work
                 active.trace, active.failure = None, str(error)
-        self._wait_for_device()
         active.began = time.monotonic()
         active.begin_update()
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,8 @@ import torch
 from herdkit.cli import main
 from herdkit.train import parallel, profile_request, train
 from herdkit.train.meters import Meters
-from herdkit.train.profile_request import ProfileError, ProfileRequest, ask
-from herdkit.train.profiles import tables, traces_of
+from herdkit.train.profile_request import ProfileError, ProfileRequest, ask, take_request
+from herdkit.train.profiles import table_path, tables, traces_of
 from herdkit.train.run_view import read_run
 from herdkit.train.stopwatch import Stopwatch
 from herdkit.train.trace_summary import length, merged, summarise
@@ -83,8 +84,7 @@ def test_an_error_in_the_middle_leaves_nothing(toys, tmp_path):
     with pytest.raises(ValueError, match="in the middle"):
         make(toys, tmp_path / "run", profile_at=3, objective=toys.at_step(4, fail))
     assert not (tmp_path / "run" / "profiles").exists()
-    make(toys, tmp_path / "run", profile_at=6)  # the profiler is free again
-    assert len(names(tmp_path / "run")) == 2
+    assert not torch.autograd._profiler_enabled()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"updates": 0}', '{"updates": "all"}', '{"ranks": [3]}', "\xff"])
@@ -187,6 +187,25 @@ def test_a_run_that_ends_meanwhile_is_an_error_and_the_request_is_withdrawn(unfi
     with pytest.raises(ProfileError, match="told to terminate; it left no profile"):
         ask(unfinished, ProfileRequest())
     assert not (unfinished / "profile").exists()
+
+
+def test_a_run_that_is_silent_over_its_profile_is_waited_for(unfinished, monkeypatch):
+    sleeps = []
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        if len(sleeps) == 1:
+            take_request(unfinished)
+        if len(sleeps) == 2:
+            for path in [*unfinished.iterdir(), *(unfinished / "checkpoints").iterdir()]:
+                os.utime(path, (time.time() - 800,) * 2)
+        if len(sleeps) == 4:
+            table_path(unfinished, 2).parent.mkdir()
+            table_path(unfinished, 2).write_text("")
+
+    monkeypatch.setattr(profile_request.time, "sleep", sleep)
+    assert ask(unfinished, ProfileRequest()) == table_path(unfinished, 2)
+    assert read_run(unfinished).state == "silent"
 
 
 def test_communication_is_the_time_in_which_any_collective_was_under_way():
