@@ -40,9 +40,10 @@ class Meters:
     model's own operations over the same time have of the devices' peak: forward pass and twice as much backward,
     nothing that is computed again; it is absent where one of the two is not known. "effective_time" is the useful share
     of the time since the run's first start, see `EffectiveTime`. "gradient_sum_time" is the share of the updates' own
-    time, waiting for data included, that processes spent in summing gradients over each other, waiting for the slowest
-    included: the mean over processes since the line before; absent where there is one process. Lines with "evaluation"
-    hold what the evaluation hook found. Numbers that are not finite are null.
+    time, waiting for data included, that processes spent in sums over each other after the backward pass, waiting for
+    the slowest included: the mean over processes since the line before; absent where there is one process. Sums that a
+    layout makes within the backward pass are not in it. Lines with "evaluation" hold what the evaluation hook found.
+    Numbers that are not finite are null.
 
     Args:
         state: `state_dict()` of the checkpoint that the run goes on from; lines past its step are dropped.
@@ -77,7 +78,7 @@ class Meters:
         self._peak = peak
         self._trackers = trackers
         self.gradient_sum = Stopwatch(device)
-        """To measure the sum of each update's gradients over processes with."""
+        """To measure with what "gradient_sum_time" counts of each update."""
         self.effective = EffectiveTime(run_dir, state.get("useful_seconds", 0.0))
         parallel.on_first(lambda: drop_lines_after(self.path, step))
 
