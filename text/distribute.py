@@ -2,35 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..train import parallel
 from ..train.objective import Objective
 from ..train.pipeline import Pipeline
 from ..train.place import Place
-from ..train.sharding import shard
+from ..train.sharding import shard, whole_tensors
 from .context_parallel import own_positions, share_context
 from .model import Transformer
 from .parallel import require_fits
 from .recompute import recompute
+from .rows import TokenBatch
 from .stages import cut, pipeline_of, stage_module
 from .tensor_parallel import share_tensors
 
 
-def distribute(model: Transformer, place: Place, row_length: int) -> Pipeline | None:
-    """Changes a model in place into this process's part of it. All processes call it, with the same weights.
+@dataclass
+class DistributedModel:
+    """This process's part of a language model.
 
     Args:
-        row_length: of the rows that it will train on.
+        model: its parameters; where there is no pipeline, what runs.
+        pipeline: where layers are on several processes, what runs them.
+        place: this process's.
+    """
+
+    model: Transformer
+    place: Place
+    pipeline: Pipeline | None
+
+    def hidden(self, batch: TokenBatch) -> tuple[Transformer, Tensor, TokenBatch] | None:
+        """What stands before the output projection, for measuring: the model (or stage) with the projection, hidden
+        states (B, T / context, D) of this process's positions, and the batch of those. None where another process of
+        the pipeline has it. All processes of a `tensor`, `context` and `pipeline` group call it with the same batch.
+        """
+        own = own_positions(batch, self.place)
+        if self.pipeline is None:
+            return self.model, self.model.hidden(own.tokens, documents=own.documents), own
+        found = self.pipeline.last_output(batch, next(self.model.parameters()).device)
+        return None if found is None else (*found, own)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds up, in place, what the processes of a `context` and `pipeline` group measured on their positions."""
+        for dimension in ("context", "pipeline"):
+            if getattr(self.place.layout, dimension) > 1:
+                torch.distributed.all_reduce(values, group=self.place.group(dimension))
+        return values
+
+
+@contextmanager
+def distributed(model: Transformer, place: Place, row_lengths: Collection[int]) -> Iterator[DistributedModel]:
+    """Shares a model out among the processes of a layout, each of which has it whole and with the same weights.
+    Afterwards each has it whole again, with the weights as they have become; meanwhile it keeps those from before.
+
+    Args:
+        row_lengths: of all rows that it will train on.
+
+    Raises:
+        LayoutError: the layout does not divide the model or the rows; says with which numbers.
+    """
+    for length in row_lengths:
+        require_fits(model.config, place.layout, length)
+    if place.replicas_alone:
+        yield DistributedModel(model.to(parallel.device()), place, None)
+        return
+    with torch.device("meta"):
+        own = Transformer(model.config)
+    own.load_state_dict(model.state_dict(), assign=True)
+    for name, parameter in own.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    yield DistributedModel(own, place, distribute(own, place))
+    for name, tensor in whole_tensors(own, place):
+        model.get_parameter(name).data.copy_(tensor)
+
+
+def distribute(model: Transformer, place: Place) -> Pipeline | None:
+    """Changes a model in place into this process's part of it; see `distributed`.
 
     Returns: where layers are on several processes, the pipeline that runs them; the model is then only there for its
         parameters.
 
     Raises:
-        LayoutError: the layout does not divide the model or the rows; says with which numbers.
+        LayoutError: there are more stages than layers, or tied embeddings on two of them.
     """
-    require_fits(model.config, place.layout, row_length)
     if place.layout.pipeline == 1:
         _divide(model, model, place)
         return None

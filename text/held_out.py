@@ -11,6 +11,9 @@ from ..data.packing import pack
 from ..data.shards import ShardReader
 from ..data.sources import SourceConfig, source_names
 from ..train.objective import move
+from ..train.place import Place
+from .context_parallel import own_chunks
+from .distribute import DistributedModel
 from .loss import token_losses
 from .model import Transformer
 from .row_loader import Encode
@@ -68,7 +71,7 @@ class HeldOut:
                     owner[i, : sum(map(len, of_row))] = torch.cat(of_row)
                 self._batches[name].append((batch, owner))
 
-    def __call__(self, model: Transformer, step: int) -> dict[str, float]:
+    def __call__(self, model: Transformer | DistributedModel, step: int) -> dict[str, float]:
         losses = {}
         for name, sums in self.document_losses(model).items():
             loss, count = sums.sum(0).tolist()
@@ -76,17 +79,23 @@ class HeldOut:
         return losses
 
     @torch.no_grad()
-    def document_losses(self, model: Transformer) -> dict[str, Tensor]:
-        """For each source (documents, 2) float64: the summed loss of every document and its number of targets."""
-        device = model.tok_embeddings.weight.device
+    def document_losses(self, model: Transformer | DistributedModel) -> dict[str, Tensor]:
+        """For each source (documents, 2) float64: the summed loss of every document and its number of targets. Of a
+        distributed model all processes call it, and all get the same."""
+        if isinstance(model, Transformer):
+            model = DistributedModel(model, Place(), None)
+        device = next(model.model.parameters()).device
         found = {}
         for name, batches in self._batches.items():
             sums = torch.zeros(self._counts[name], 2, dtype=torch.float64)
             for batch, owner in batches:
-                here = move(batch, device)
-                counted = here.labels != IGNORE
-                hidden = model.hidden(here.tokens, documents=here.documents)[counted]
-                losses = token_losses(hidden, model.output_weight, here.labels[counted]).cpu().double()
-                sums.index_add_(0, owner[batch.labels != IGNORE], torch.stack([losses, torch.ones_like(losses)], 1))
-            found[name] = sums
+                output = model.hidden(move(batch, device))
+                if output is None:
+                    continue
+                last, hidden, own = output
+                counted = own.labels != IGNORE
+                losses = token_losses(hidden[counted], last.output_weight, own.labels[counted]).cpu().double()
+                owners = own_chunks(owner, model.place)[counted.cpu()]
+                sums.index_add_(0, owners, torch.stack([losses, torch.ones_like(losses)], 1))
+            found[name] = model.sum(sums.to(device)).cpu()
         return found

@@ -132,7 +132,8 @@ class RowLoader:
         encode: samples to token ids, one list for each; runs in a worker thread. Its `ValueError` means a bad sample.
         pad_id: token of the padding.
         window: documents packed together. More of them leave less padding.
-        rank, world_size: this process among those that share the order.
+        rank, world_size: this process, or group of processes, among those that share the order.
+        fill: what the last micro-batch lacks is made up by rows of padding, so that every process has as many.
 
     Raises:
         ValueError: there are no sources, or a batch size that does not divide evenly among processes and micro-batches.
@@ -149,13 +150,14 @@ class RowLoader:
         window: int = 1024,
         rank: int = 0,
         world_size: int = 1,
+        fill: bool = False,
     ):
         for phase in phases:
             phase.micro_batch_size(world_size)
         if data.bucket is not None:
             raise ValueError("data.bucket: documents are packed into rows of one length; leave it out")
         self.data, self.phases, self.encode, self.pad_id, self.window = data, phases, encode, pad_id, window
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.fill = rank, world_size, fill
         self.readers = open_sources(data)
         self.step, self.micro = 0, 0
         """Updates whose micro-batches have all been given out, and micro-batches of the next one that have."""
@@ -169,9 +171,12 @@ class RowLoader:
         if following < len(self.phases) and self.phases[following].from_step <= self.step:
             self._begin(following)
         phase = self.phases[self._read_in + len(self._given) - 1]
-        taken = list(islice(self._following_rows(), phase.micro_batch_size(self.world_size) * self.world_size))
+        size = phase.micro_batch_size(self.world_size) * self.world_size
+        taken = list(islice(self._following_rows(), size))
         if not taken:
             raise StopIteration
+        if self.fill:
+            taken += [[] for _ in range(size - len(taken))]
         self.micro += 1
         if self.micro == phase.accumulate:
             self.step, self.micro = self.step + 1, 0

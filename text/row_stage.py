@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from ..data.dialogs import dialog_sample
 from ..data.shards import Sample
 from ..data.sources import DataConfig
-from ..train.parallel import rank, world_size
+from ..train.place import Place
 from ..train.recipe import StageRecipe, train_by
 from .dialog import encode_dialog
+from .distribute import DistributedModel, distributed, of_own_positions
 from .held_out import HeldOut, HeldOutConfig
 from .model import Transformer
 from .objective import Metrics, next_token
@@ -46,26 +48,48 @@ class RowRecipe(StageRecipe):
 def train_on_rows(recipe: RowRecipe, model: Transformer, tokenizer: Tokenizer, run_dir: Path) -> dict[str, Any]:
     """Trains a language model on packed rows as the recipe says; returns the trainer's result.
 
+    Args:
+        model: trained in place; whole on every process, before and afterwards.
+
     Raises:
         ValueError: see `plan_phases`; rows are longer than `model.max_seq_len`.
+        LayoutError: `recipe.parallel` does not divide the processes, the model or the rows.
     """
     phases = plan_phases(recipe.phases, recipe.trainer, recipe.data)
-    longest = max(phase.row_length for phase in phases)
-    if longest > model.config.max_seq_len:
-        raise ValueError(f"rows of {longest} tokens are longer than model.max_seq_len ({model.config.max_seq_len})")
+    lengths = {phase.row_length for phase in phases}
+    if max(lengths) > model.config.max_seq_len:
+        raise ValueError(
+            f"rows of {max(lengths)} tokens are longer than model.max_seq_len ({model.config.max_seq_len})"
+        )
     recipe = dataclasses.replace(recipe, trainer=with_ramp(recipe.trainer, phases))
+    place = Place(recipe.parallel)
     encode = document_encoder(tokenizer)
-    loader = RowLoader(
-        recipe.data, phases, encode, tokenizer.pad_id, window=recipe.window, rank=rank(), world_size=world_size()
-    )
-    evaluate = None
-    if recipe.held_out is not None:
-        evaluate = HeldOut(recipe.held_out, encode, tokenizer.pad_id, recipe.data.row_length)
-    try:
+    measured = set() if recipe.held_out is None else {recipe.held_out.row_length or recipe.data.row_length}
+    with distributed(model, place, lengths | measured) as part:
+        evaluate = None
+        if recipe.held_out is not None:
+            held_out = HeldOut(recipe.held_out, encode, tokenizer.pad_id, recipe.data.row_length)
+            evaluate = partial(_measure, held_out, part)
+        loader = RowLoader(
+            recipe.data,
+            phases,
+            encode,
+            tokenizer.pad_id,
+            window=recipe.window,
+            rank=place.data,
+            world_size=place.layout.data,
+            fill=not place.replicas_alone,
+        )
+        objective = of_own_positions(next_token_of_rows, place)
         flops = flops_of_rows(model, phases)
-        return train_by(recipe, model, loader, next_token_of_rows, run_dir, evaluate, flops)
-    finally:
-        loader.close()
+        try:
+            return train_by(recipe, part.model, loader, objective, run_dir, evaluate, flops, place, part.pipeline)
+        finally:
+            loader.close()
+
+
+def _measure(held_out: HeldOut, part: DistributedModel, _: Transformer, step: int) -> dict[str, float]:
+    return held_out(part, step)
 
 
 def flops_of_rows(model: Transformer, phases: Sequence[PlannedPhase]) -> Callable[[int], float]:

@@ -157,6 +157,8 @@ class TrainerConfig:
         seed: of dropout and of anything else random while training.
         checkpoint_every: updates between checkpoints; there is always one at the end.
         keep: how many of the newest checkpoints stay on disk.
+        keep_every: checkpoints of updates that are a multiple of it stay as well; None: no further ones.
+        background_checkpoints: checkpoints are copied in the memory of the host and written while training goes on.
         log_every: updates between lines of metrics.jsonl.
         evaluate_every: updates between calls of the evaluation hook; None: at the end alone.
         non_finite: at a loss or gradient that is not finite, "stop" with an error that leaves the last good
@@ -173,6 +175,8 @@ class TrainerConfig:
     seed: int = 0
     checkpoint_every: int = 1000
     keep: int = 2
+    keep_every: int | None = None
+    background_checkpoints: bool = False
     log_every: int = 10
     evaluate_every: int | None = None
     non_finite: Literal["stop", "skip"] = "stop"
@@ -182,7 +186,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require((self.evaluate_every or 1) >= 1, "evaluate_every", "at least 1", self.evaluate_every)
+        for name in ("evaluate_every", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
         _require((self.profile_at or 0) >= 0, "profile_at", "at least 0", self.profile_at)
         _require(len(set(self.trackers)) == len(self.trackers), "trackers", "different from each other", self.trackers)
         starts = [change.from_step for change in self.ramp]

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 
 from rich.table import Table
 from torch import Tensor, nn
 
+from . import parallel
 from .config import FreezeRule
+from .place import Place
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,13 @@ def parameter_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def require_matches(patterns: Iterable[str], names: dict[str, list[str]], what: str) -> None:
-    """Raises:
-    ValueError: a pattern matches no parameter; the message has the nearest names.
+    """All processes call it: of a pipeline each has some of the parameters.
+
+    Raises:
+        ValueError: a pattern matches no parameter of any process; the message has the nearest names.
     """
-    every = [name for aliases in names.values() for name in aliases]
+    own = [name for aliases in names.values() for name in aliases]
+    every = list(dict.fromkeys(chain.from_iterable(parallel.gather(own))))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every):
             # Prefixes too, so that "imag.*" finds "image.*".
@@ -142,6 +148,15 @@ def changing_buffers(model: nn.Module, trained: Iterable[str]) -> dict[str, Tens
 
     visit(model, "", True)
     return buffers
+
+
+def of_all_stages(rows: Sequence[FreezeRow], place: Place) -> list[FreezeRow]:
+    """The rows of all processes of a pipeline as those of one model."""
+    parts: dict[str, FreezeRow] = {}
+    for row in chain.from_iterable(parallel.gather(list(rows), place.group("pipeline"))):
+        before = parts.get(row.part, FreezeRow(row.part, 0, 0))
+        parts[row.part] = FreezeRow(row.part, before.parameters + row.parameters, before.trainable + row.trainable)
+    return list(parts.values())
 
 
 def freeze_table(rows: Sequence[FreezeRow], title: str) -> Table:

@@ -34,7 +34,7 @@ def gradient_norm(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tens
 
     Returns: () float32, or float64 where there are gradients of that.
     """
-    if place.layout.processes == place.layout.replicate:
+    if place.replicas_alone:
         return nn.utils.get_total_norm(list(gradients.values()), foreach=True)
     names = list(gradients)
     norms = torch._foreach_norm([gradients[name] for name in names])  # pyright: ignore[reportPrivateImportUsage]

@@ -1,7 +1,4 @@
-"""Layouts: how processes share a model and a batch (section 3.3.2 of the paper).
-
-Plans are made with these (`herdkit plan`); the trainer itself runs data parallel alone so far.
-"""
+"""Layouts: how processes share a model and a batch (section 3.3.2 of the paper)."""
 
 from __future__ import annotations
 

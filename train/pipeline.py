@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ class Pipeline:
         handed: Callable[[Any], Handed],
     ):
         self.place, self.stages, self.objective, self.handed = place, stages, objective, handed
-        self._schedules: dict[tuple[int, Handed], _Schedule] = {}
+        self._schedules: dict[tuple[int, Handed, bool], _Schedule] = {}
         self._outcomes: list[Outcome] = []
 
     def __call__(
@@ -82,16 +82,32 @@ class Pipeline:
         Returns: in the process with the last stage what the objective gave for each, in the others nothing.
         """
         micro_batches = [move(batch, device) for batch in batches]
-        if not micro_batches:
-            return []
+        self._outcomes = []
+        if micro_batches:
+            self._run(micro_batches, device, precision, training=True)
+        return self._outcomes
+
+    def last_output(self, batch: Any, device: torch.device) -> tuple[Any, Tensor] | None:
+        """Runs one batch forward alone, without gradients, under the precision at hand.
+
+        Returns: in the process with the last stage its part and what it gave, in the others None.
+        """
+        with torch.no_grad():
+            given = self._run([move(batch, device)], device, nullcontext(), training=False)
+        return None if given is None else (self.stages[max(self.stages)].part, given)
+
+    def _run(
+        self, micro_batches: Sequence[Any], device: torch.device, precision: AbstractContextManager[Any], training: bool
+    ) -> Tensor | None:
         for module in self.stages.values():
             module.micro_batches, module.precision = micro_batches, precision
-        self._outcomes = []
+        kind = (len(micro_batches), self.handed(micro_batches[0]), training)
+        if kind not in self._schedules:
+            self._schedules[kind] = self._make_schedule(*kind, device)
         numbers = torch.arange(len(micro_batches))
-        schedule = self._schedule(len(micro_batches), self.handed(micro_batches[0]), device)
         first = (numbers,) if 0 in self.stages else ()
-        schedule.step(*first, number=numbers, target=numbers, return_outputs=False)
-        return self._outcomes
+        target = numbers if training else None
+        return self._schedules[kind].step(*first, number=numbers, target=target, return_outputs=not training)
 
     def _loss(self, x: Tensor, number: Tensor) -> Tensor:
         last = self.stages[max(self.stages)]
@@ -100,12 +116,7 @@ class Pipeline:
         self._outcomes.append(outcome)
         return outcome[0]
 
-    def _schedule(self, count: int, handed: Handed, device: torch.device) -> _Schedule:
-        if (count, handed) not in self._schedules:
-            self._schedules[count, handed] = self._make_schedule(count, handed, device)
-        return self._schedules[count, handed]
-
-    def _make_schedule(self, count: int, handed: Handed, device: torch.device) -> _Schedule:
+    def _make_schedule(self, count: int, handed: Handed, training: bool, device: torch.device) -> _Schedule:
         parallel = self.place.config
         total = parallel.pipeline * parallel.chunks
         between, last = (torch.empty(shape, dtype=handed.dtype, device="meta") for shape in handed[:2])
@@ -122,23 +133,28 @@ class Pipeline:
             )
             for index, module in self.stages.items()
         ]
-        return _Schedule(stages, count, parallel, self._loss)
+        order = order_of_passes(parallel, count)
+        if not training:
+            order = [[action for action in actions if action[1]] for actions in order]
+        return _Schedule(stages, count, order, self._loss if training else None)
+
+
+Passes = list[list[tuple[int, bool, int]]]
+"""What each process of a pipeline does in turn: (stage, whether forward, micro-batch)."""
 
 
 class _Schedule(_PipelineScheduleRuntime):
-    def __init__(self, stages: list[PipelineStage], count: int, parallel: ParallelConfig, loss: Callable[..., Tensor]):
+    def __init__(self, stages: list[PipelineStage], count: int, order: Passes, loss: Callable[..., Tensor] | None):
         super().__init__(stages, count, loss, scale_grads=False)  # type: ignore[arg-type]
-        order: dict[int, list[_Action | None]] = {
-            process: [
-                _Action(stage, FORWARD if forward else FULL_BACKWARD, number) for stage, forward, number in actions
-            ]
-            for process, actions in enumerate(order_of_passes(parallel, count))
+        actions: dict[int, list[_Action | None]] = {
+            process: [_Action(stage, FORWARD if ahead else FULL_BACKWARD, number) for stage, ahead, number in passes]
+            for process, passes in enumerate(order)
         }
-        self._prepare_schedule_with_comms(order)
+        self._prepare_schedule_with_comms(actions)
 
 
-def order_of_passes(parallel: ParallelConfig, count: int) -> list[list[tuple[int, bool, int]]]:
-    """What each process of a pipeline does in turn: (stage, whether forward, micro-batch), for `count` micro-batches.
+def order_of_passes(parallel: ParallelConfig, count: int) -> Passes:
+    """The passes of `count` micro-batches.
 
     A stage takes `run_length` of them in a row before the process goes on to its next stage (N in the paper); after as
     many forward passes as must be in flight, backward and forward passes take turns.

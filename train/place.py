@@ -40,6 +40,11 @@ class Place:
         return self.at.shard + self.layout.shard * self.at.replicate
 
     @property
+    def replicas_alone(self) -> bool:
+        """Whether every process has the whole model and rows of its own."""
+        return self._mesh is None
+
+    @property
     def counts(self) -> bool:
         """Whether what this process found out about a batch counts: the processes of `tensor` all find the same, and
         of a pipeline only the last process sees the loss."""

@@ -13,7 +13,10 @@ import yaml
 from torch import nn
 
 from .config import FreezeRule, OptimizerConfig, RecipeError, ScheduleConfig, TrainerConfig, as_dict
+from .layout import LayoutError, ParallelConfig
 from .objective import Loader, Objective
+from .pipeline import Pipeline
+from .place import Place
 from .plan import Cluster, Hardware
 from .trainer import Evaluate, FlopsOfUpdate, train
 
@@ -28,6 +31,7 @@ class StageRecipe:
         stage: the name under which the stage is registered.
         root: a folder that other keys of the recipe may write as `${root}`.
         freeze: what trains, see `FreezeRule`.
+        parallel: what processes share of the model and its rows; a stage says what it can do of it.
     """
 
     stage: str
@@ -36,6 +40,7 @@ class StageRecipe:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     trainer: TrainerConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def train_by(
@@ -46,8 +51,16 @@ def train_by(
     run_dir: Path,
     evaluate: Evaluate | None = None,
     flops: FlopsOfUpdate | None = None,
+    place: Place | None = None,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, Any]:
-    """`train` with everything that the recipe says, which is recorded in the run directory."""
+    """`train` with everything that the recipe says, which is recorded in the run directory.
+
+    Raises:
+        LayoutError: the recipe has a layout of which the stage made nothing.
+    """
+    if place is None and recipe.parallel != ParallelConfig():
+        raise LayoutError("tensor", f"stage {recipe.stage!r} trains replicas alone; leave 'parallel' out")
     return train(
         model,
         loader,
@@ -61,6 +74,8 @@ def train_by(
         resolved_recipe=as_dict(recipe),
         evaluate=evaluate,
         flops=flops,
+        place=place,
+        pipeline=pipeline,
     )
 
 

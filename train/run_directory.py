@@ -20,7 +20,8 @@ from .files import write_json
 from .peak_flops import device_name
 
 MAY_CHANGE = (
-    "steps", "accumulate", "checkpoint_every", "keep", "log_every", "evaluate_every", "non_finite",
+    "steps", "accumulate", "checkpoint_every", "keep", "keep_every", "background_checkpoints", "log_every",
+    "evaluate_every", "non_finite",
     "trackers", "profile_at",
 )  # fmt: skip
 """Fields of TrainerConfig that may change when a run is resumed: its length, layout, log and caution."""
@@ -73,10 +74,8 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def _may_change(where: str, key: str) -> bool:
-    return (where.rpartition(".")[2] == "trainer" and key in MAY_CHANGE) or key in (
-        "run_dir",
-        "logging",
-    )
+    of_trainer = where.rpartition(".")[2] == "trainer" and key in MAY_CHANGE
+    return of_trainer or key in ("run_dir", "logging") or (not where and key == "parallel")
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .checkpoint import CheckpointError
 from .freezing import changing_buffers
 
@@ -33,14 +34,16 @@ def capture(model: nn.Module, optimizer: torch.optim.Optimizer, trained: Sequenc
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trained: Sequence[str]) -> None:
-    """Puts a checkpoint into a model and an optimizer that are built for it.
+    """Puts a checkpoint into a model and an optimizer that are built for it, on whatever layout it was made. All
+    processes call it.
 
     Raises:
         CheckpointError: its names, shapes or dtypes are not those of the model; the message names them.
     """
     weights = _weights(model, trained)
     stored = checkpoint.describe_tensors(path)
-    surplus = [name for name in stored if not name.startswith("optimizer.") and name not in weights]
+    everywhere = set(chain.from_iterable(parallel.gather(list(weights))))
+    surplus = [name for name in stored if not name.startswith("optimizer.") and name not in everywhere]
     if surplus:
         raise CheckpointError(
             f"checkpoint {path} does not fit: {', '.join(surplus[:8])} would not be trained in this model"
@@ -51,6 +54,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, trai
     for full, (shape, dtype) in stored.items():
         if full.startswith("optimizer."):
             name, _, key = full.removeprefix("optimizer.").rpartition(".")
+            if name not in parameters:  # of another stage of the pipeline
+                continue
             tensors[full] = _empty_moment(parameters[name], shape, dtype)
             moments.setdefault(name, {})[key] = tensors[full]
     checkpoint.load_tensors(path, tensors)

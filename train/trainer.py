@@ -10,6 +10,8 @@ whole checkpoint, on the same layout bit for bit as if nothing had happened.
 from __future__ import annotations
 
 import signal
+import time
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +26,7 @@ from . import checkpoint, parallel
 from .bad_samples import BadSampleLog
 from .config import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, as_dict
 from .files import finite, write_json
-from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, freeze_table, set_modes
+from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, freeze_table, of_all_stages, set_modes
 from .gradients import clip, gradient_norm, summed_gradients
 from .guard import Guard, Termination, termination
 from .meters import Meters
@@ -37,6 +39,7 @@ from .precision import native_precision
 from .profiling import Profiling
 from .progress import ProgressLine
 from .run_directory import RunDirectoryError, open_run, read_result
+from .saving import CheckpointWriter
 from .schedule import fraction
 from .state import (
     capture,
@@ -96,7 +99,8 @@ def train(
 
     Returns:
         The content of result.json: "description", "steps", "samples", "tokens", "wall_seconds" (over all
-        starts), "elapsed_seconds" and "effective_time" (see `EffectiveTime`), "parameters", "trained_parameters",
+        starts), "elapsed_seconds" and "effective_time" (see `EffectiveTime`), "checkpoint_seconds" (for which
+        training stood still, since the last start), "parameters", "trained_parameters",
         "last" (last line of the log), "mean" (loss and metrics over the run), "evaluation", "skipped_steps",
         "empty_steps", "bad_samples" (left out, see bad_samples.jsonl), "peak_memory_bytes".
 
@@ -151,6 +155,7 @@ class _Run:
     """Finished updates."""
     finished: dict[str, Any] | None = None
     evaluation: dict[str, float] | None = None
+    checkpoint_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         parallel.require_process_group()
@@ -165,10 +170,12 @@ class _Run:
         self.recipe["trainer"] = as_dict(self.config)  # what is done, where "auto" was asked for
 
         self.trained = ever_trained(self.model, self.freeze)
-        if not self.trained:
+        if not any(parallel.gather(self.trained)):
             raise ValueError("nothing to train: every parameter is frozen")
         self.optimizer = build_optimizer(self.model, self.trained, self.optimizer_config)
         self.frozen = fingerprint(self.model, self.trained)
+        if self.pipeline:
+            self.frozen = dict(ChainMap(*parallel.gather(self.frozen, self.place.group("pipeline"))))
         self._open()
 
     def _open(self) -> None:
@@ -189,7 +196,7 @@ class _Run:
         else:  # a fresh start, or another number of processes
             seed_everything(self.config.seed, self.place.random_stream, self.step)
         self.guard = Guard(self.config.non_finite, **saved.get("guard", {}))
-        self.guard.last_good = newest
+        self.writer = CheckpointWriter(self.run_dir, self.config, newest)
         self.peak = peak_flops(device_name(self.device), self.config.precision)
         peak = self.peak and self.peak * parallel.world_size()
         self.meters = Meters(self.run_dir, self.step, saved.get("meters"), peak, self.device, self.trackers)
@@ -214,14 +221,15 @@ class _Run:
             self.progress.say(f"{self.description}: resuming at step {self.step} from {path}")
 
     def _apply_freeze(self) -> None:
-        self.rows = apply_freeze(self.model, self.freeze, self.step)
+        rows = apply_freeze(self.model, self.freeze, self.step)
+        self.rows = of_all_stages(rows, self.place) if self.pipeline else rows
         self.parameters = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.progress.say(freeze_table(self.rows, f"{self.description}: what trains from step {self.step} on"))
 
     def to_the_end(self) -> dict[str, Any]:
         """The loop."""
         config = self.config
-        with self.progress, termination() as wish, self.trackers, self._start(), self.profiling:
+        with self.progress, termination() as wish, self.trackers, self._start(), self.profiling, self.writer:
             batches = iter(self.loader)
             changes = {step for step in change_steps(self.freeze) if step > self.step}
             if self._evaluation_due():  # it was killed between its checkpoint and its evaluation
@@ -296,6 +304,7 @@ class _Run:
         norm = gradient_norm(dict(self.parameters), gradients, self.place)
         self.lr = self.optimizer_config.lr * fraction(self.schedule, self.step, self.config.steps)
         self.norm = norm.item()
+        self.guard.last_good = self.writer.last_good
         objection = self.guard.objection(self.step, loss_sum, targets, self.norm, gradients)
         if objection is None:
             if self.optimizer_config.clip_norm is not None:
@@ -329,6 +338,7 @@ class _Run:
         )
 
     def _save(self) -> None:
+        began = time.monotonic()
         with self.meters.pause():
             self.bad_samples.collect(self.step)
             state = {
@@ -341,7 +351,8 @@ class _Run:
                 "guard": {"skipped": self.guard.skipped, "empty": self.guard.empty},
             }
             tensors = capture(self.model, self.optimizer, self.trained)
-            self.guard.last_good = checkpoint.save(self.run_dir, self.step, tensors, state, self.config.keep)
+            self.writer.save(self.step, tensors, state)
+        self.checkpoint_seconds += time.monotonic() - began
 
     def _evaluation_due(self) -> bool:
         every = self.config.evaluate_every
@@ -357,7 +368,6 @@ class _Run:
         self.meters.log_evaluation(self.step, self.evaluation)
 
     def _result(self) -> dict[str, Any]:
-        trained = set(self.trained)
         result = {
             "description": self.description,
             "steps": self.step,
@@ -366,8 +376,9 @@ class _Run:
             "wall_seconds": self.meters.wall_seconds(),
             "elapsed_seconds": self.meters.effective.elapsed(),
             "effective_time": self.meters.effective.fraction(),
+            "checkpoint_seconds": self.checkpoint_seconds,
             "parameters": sum(row.parameters for row in self.rows),
-            "trained_parameters": sum(p.numel() for name, p in self.model.named_parameters() if name in trained),
+            "trained_parameters": self._ever_trained_parameters(),
             "last": self.meters.last,
             "mean": self.meters.means(),
             "evaluation": self.evaluation,
@@ -379,3 +390,8 @@ class _Run:
         result = parallel.on_first(lambda: finite(result))
         parallel.on_first(lambda: write_json(self.run_dir / "result.json", result))
         return result
+
+    def _ever_trained_parameters(self) -> int:
+        counts = {name: p.numel() for name, p in self.model.named_parameters()}
+        own = sum(counts[name] for name in self.trained)
+        return sum(parallel.gather(own, self.place.group("pipeline"))) if self.pipeline else own

@@ -8,7 +8,7 @@ from herdkit.text import Transformer, TransformerConfig
 from herdkit.text.distribute import distribute, of_own_positions
 from herdkit.text.objective import next_token
 from herdkit.text.rows import IGNORE, TokenBatch
-from herdkit.train import OptimizerConfig, ScheduleConfig, TrainerConfig, parallel, train
+from herdkit.train import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, parallel, train
 from herdkit.train.layout import ParallelConfig
 from herdkit.train.place import Place
 from torch.distributed.tensor import DTensor
@@ -29,11 +29,14 @@ def make_model(tied=False, layers=4):
 class Rows:
     """Rows of several documents each, the same for any layout."""
 
-    def __init__(self, group, groups, accumulate):
+    def __init__(self, group, groups, accumulate, updates):
         self.group, self.groups, self.size, self.given = group, groups, ROWS // groups // accumulate, 0
+        self.last = None if updates is None else updates * accumulate
 
     def __iter__(self):
         while True:
+            if self.given == self.last:
+                raise KeyboardInterrupt
             first = self.given * self.size * self.groups + self.group * self.size
             self.given += 1
             yield make_rows(range(first, first + self.size))
@@ -60,11 +63,11 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, steps=STEPS, freeze=(), **trainer):
-    """The gradients of every update and the final weights, by name, whole."""
+def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=None, freeze=(), **trainer):
+    """The gradients of every update and the final weights, by name, whole; None where it stopped before its end."""
     place = Place(ParallelConfig(**layout))
     model = make_model(tied).to(getattr(torch, dtype))
-    pipeline = distribute(model, place, LENGTH)
+    pipeline = distribute(model, place)
     names = {id(p): name for name, p in model.named_parameters()}
     updates = []
 
@@ -73,19 +76,23 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, steps=STEPS,
         updates.append({names[id(p)]: whole(p.grad).clone() for p in parameters if p.grad is not None})
 
     hook = register_optimizer_step_pre_hook(record)
-    result = train(
-        model,
-        Rows(place.data, place.layout.data, accumulate),
-        of_own_positions(next_token, place),
-        trainer=TrainerConfig(steps=steps, batch_size=ROWS, accumulate=accumulate, **trainer),
-        optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
-        schedule=ScheduleConfig(warmup_steps=1),
-        freeze=freeze,
-        run_dir=run_dir,
-        place=place,
-        pipeline=pipeline,
-    )
-    hook.remove()
+    try:
+        result = train(
+            model,
+            Rows(place.data, place.layout.data, accumulate, stop_after),
+            of_own_positions(next_token, place),
+            trainer=TrainerConfig(steps=STEPS, batch_size=ROWS, accumulate=accumulate, **trainer),
+            optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
+            schedule=ScheduleConfig(warmup_steps=1),
+            freeze=[FreezeRule(pattern=pattern, trainable=False) for pattern in freeze],
+            run_dir=run_dir,
+            place=place,
+            pipeline=pipeline,
+        )
+    except KeyboardInterrupt:
+        return None
+    finally:
+        hook.remove()
     return {
         "updates": updates,
         "weights": {name: whole(p.detach()).clone() for name, p in model.named_parameters()},
@@ -98,7 +105,7 @@ def main(runs, run_dir, out, environ):
     torch.set_num_threads(1)
     os.environ.update(environ)
     with parallel.process_group():
-        found = {name: run(Path(run_dir) / name, **options) for name, options in runs.items()}
+        found = {name: run(Path(run_dir) / name.partition("/")[0], **options) for name, options in runs.items()}
         torch.save(found, f"{out}.{parallel.rank()}")
 
 

@@ -72,6 +72,51 @@ def require_close(found, wanted, tolerance):
             assert difference <= limit, f"{name}: {difference:.2g} of {limit:.2g}"
 
 
+def test_a_run_goes_on_in_another_layout(finish_program, alone, tmp_path):
+    """Each run is interrupted after two updates and goes on as the next says, first on four processes, then on two."""
+    first = {
+        "pipeline": {"pipeline": 2, "tensor": 2},
+        "fsdp": {"shard": 2, "tensor": 2},
+        "context": {"context": 2, "shard": 2},
+    }
+    then = {"pipeline": {"shard": 2}, "fsdp": {"pipeline": 2}, "context": {"tensor": 2}}
+    options = {"accumulate": 2, "checkpoint_every": 1, "freeze": ["layers.1.*"]}
+    starts = [
+        {f"{name}{background}": {"layout": layout, "background_checkpoints": bool(background), **options}
+         for name, layout in layouts.items() for background in ("", "-background")}
+        for layouts in (first, then)
+    ]  # fmt: skip
+    for processes, stop_after, runs in zip((4, 2), (2, None), starts, strict=True):
+        runs = {name: {**run, "stop_after": stop_after} for name, run in runs.items()}
+        out = str(tmp_path / "out")
+        assert finish_program(PROGRAM, processes, runs=runs, run_dir=str(tmp_path / "runs"), out=out) == [0] * processes
+    wanted = alone(freeze=("layers.1.*",))
+    found = [torch.load(f"{tmp_path}/out.{rank}", weights_only=True) for rank in range(2)]
+    for name in starts[1]:
+        print(name)
+        assert found[0][name]["tokens"] == wanted["tokens"]
+        assert len(found[0][name]["updates"]) == 1
+        require_close([one[name]["updates"][0] for one in found], wanted["updates"][-1], 1e-10)
+        require_close([one[name]["weights"] for one in found], wanted["weights"], 1e-8)
+
+
+def test_the_same_layout_resumes_bitwise(finish_program, tmp_path):
+    layouts = {"fsdp": {"shard": 2}, "pipeline": {"pipeline": 2}, "tensor": {"tensor": 2}, "context": {"context": 2}}
+    runs = {}
+    for name, layout in layouts.items():
+        options = {"layout": layout, "dtype": "float32", "accumulate": 2, "checkpoint_every": 1}
+        runs[f"{name}-straight"] = options
+        runs[f"{name}/1"] = {**options, "stop_after": 1}
+        runs[f"{name}/2"] = options
+    assert finish_program(PROGRAM, 2, runs=runs, run_dir=str(tmp_path / "runs"), out=str(tmp_path / "out")) == [0, 0]
+    for rank in range(2):
+        found = torch.load(f"{tmp_path}/out.{rank}", weights_only=True)
+        for name in layouts:
+            straight, resumed = found[f"{name}-straight"]["weights"], found[f"{name}/2"]["weights"]
+            assert straight.keys() == resumed.keys()
+            assert all(torch.equal(straight[key], resumed[key]) for key in straight), name
+
+
 @pytest.mark.parametrize(("processes", "layouts"), [(2, TWO), (4, FOUR)])
 def test_layouts_give_the_gradients_and_updates_of_one_process(finish_program, alone, tmp_path, processes, layouts):
     runs = {name: {"layout": layout, "accumulate": 2} for name, layout in layouts.items()}
