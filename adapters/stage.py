@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,10 @@ from typing import Any, Literal
 import torch
 
 from ..data.sources import DataConfig, open_loader
+from ..text.distribute import distributed
 from ..train.objective import Objective
-from ..train.parallel import rank, world_size
+from ..train.parallel import rank
+from ..train.place import Place
 from ..train.recipe import StageRecipe, train_by
 from .batching import DialogCollator, Port
 from .compose import ComposedModel
@@ -56,6 +59,17 @@ def initial_model(recipe: AdapterRecipe) -> ComposedModel:
     return model
 
 
+@contextmanager
+def stored_in_shards(model: ComposedModel, place: Place) -> Iterator[None]:
+    """Meanwhile the language model is stored in shards over processes; the adapters, which a batch may have no input
+    for, every process has whole."""
+    whole = model.text
+    with distributed(whole, place, ()) as part:
+        model.text = part.model
+        yield
+    model.text = whole
+
+
 def train_on_dialogs(
     recipe: AdapterRecipe,
     model: ComposedModel,
@@ -72,15 +86,27 @@ def train_on_dialogs(
 
     Raises:
         ValueError: the model has no tokenizer.
+        LayoutError: `recipe.parallel` shares more than storage.
     """
     if model.tokenizer is None:
         raise ValueError(f"{recipe.init}: the model has no tokenizer")
+    place = Place(recipe.parallel)
+    place.require_storage_alone(f"stage {recipe.stage!r}")
     data = recipe.data
     ports = [Port.of(adapter) for adapter in model.adapters.values()]
     collate = collator(model.tokenizer, ports, row_length=data.row_length, turns=data.turns, packed=data.packed)
-    batch_size = recipe.trainer.micro_batch_size(world_size())
-    loader = open_loader(data, collate, batch_size, rank(), world_size(), lengths=collate.lengths)
-    result = train_by(recipe, model, loader, objective, run_dir)
+    batch_size = recipe.trainer.micro_batch_size(place.layout.data)
+    loader = open_loader(
+        data,
+        collate,
+        batch_size,
+        place.data,
+        place.layout.data,
+        lengths=collate.lengths,
+        drop_last=not place.replicas_alone,  # every process has to run the layers that it stores a part of
+    )
+    with stored_in_shards(model, place):
+        result = train_by(recipe, model, loader, objective, run_dir, place=place)
     if rank() == 0:
         save(model, run_dir / "model")
     return result

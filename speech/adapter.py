@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..adapters.contract import Adapter, Contribution
 from ..data.media import MediaError, audio_length, load_audio
 from ..text.model import FeedForward, RMSNorm, Transformer, TransformerConfig
+from ..train.parallel import whole
 from .conformer import Attention, Conformer, ConformerConfig, conformer_preset, rotations, valid_frames
 from .ctc import ctc_loss, greedy_ctc
 from .features import FeatureConfig, log_mel, pad_features
@@ -297,7 +298,7 @@ class SpeechAdapter(Adapter):
         encoded, lengths = self.encode(batch["features"], batch["frames"])
         bridged, lengths = self.bridge(encoded, lengths)
         text = required.get("text")
-        embeddings = text.tok_embeddings.weight if isinstance(text, Transformer) else None
+        embeddings = whole(text.tok_embeddings.weight) if isinstance(text, Transformer) else None
         return Contribution(soft_tokens=self.soft_tokens(bridged, lengths, embeddings))
 
     def ctc_loss(

@@ -22,6 +22,7 @@ from ..text.model_directory import load_part
 from ..text.objective import Metrics, token_loss
 from ..text.rows import IGNORE
 from ..text.tokenizer import Tokenizer
+from ..train.parallel import whole
 from ..train.recipe import Stage
 from .adapter import SpeechAdapter, SpeechAdapterConfig
 from .ctc import ctc_loss, least_frames
@@ -161,7 +162,7 @@ class SpeechObjective:
             features = spec_augment(features, frames, self.augment)
         encoded, lengths = speech.encode(features, frames)
         bridged, soft_lengths = speech.bridge(encoded, lengths)
-        embeddings = model.text.tok_embeddings.weight
+        embeddings = whole(model.text.tok_embeddings.weight)
         count = (batch.labels != IGNORE).sum()
         loss, metrics = bridged.new_zeros(()), {}
         if self.answer_weight:

@@ -112,7 +112,7 @@ def _divide(model: Transformer, root: nn.Module, place: Place) -> None:
     if place.layout.tensor > 1:
         share_tensors(model, place.tensor)
     recompute(model, place.config.recompute)
-    shard(root, model.layers, place, methods=["hidden"] if root is model else [])
+    shard(root, model.layers, place, methods=["hidden", "embed"] if root is model else [])
 
 
 def of_own_positions(objective: Objective, place: Place) -> Objective:

@@ -21,8 +21,9 @@ def summed_gradients(parameters: Sequence[tuple[str, Tensor]], place: Place) -> 
     for _, p in parameters:
         if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
-    if place.storage is None:  # otherwise it was done in the backward pass
-        parallel.sum_gradients([p for _, p in parameters], place.group("replicate"))
+    # What is stored in shards was summed in the backward pass.
+    whole = [p for _, p in parameters if place.storage is None or not isinstance(p, DTensor)]
+    parallel.sum_gradients(whole, place.group("data"))
     return {name: local(p.grad) for name, p in parameters if p.grad is not None}
 
 

@@ -137,7 +137,7 @@ def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None 
         parameters: the same on every process of the group, in the same order.
         group: processes with replicas of the same parameters; None: all.
     """
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not parameters or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
     touched = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
     dist.all_reduce(touched, group=group)
@@ -152,6 +152,11 @@ def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup | None 
         pieces = flat.split([g.numel() for g in bucket])
         for piece, gradient in zip(pieces, bucket, strict=True):
             gradient.copy_(piece.view(gradient.shape))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that processes share; they all call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

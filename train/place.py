@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import parallel
-from .layout import Coordinates, Layout, ParallelConfig, lay_out
+from .layout import Coordinates, Layout, LayoutError, ParallelConfig, lay_out
 
 
 class Place:
@@ -33,6 +33,7 @@ class Place:
         self._mesh: DeviceMesh | None = None
         if self.layout.processes > self.layout.replicate:
             self._mesh, self._context = _make_meshes(self.layout)
+            self._data = self._mesh["replicate", "storage"]._flatten("data")
 
     @property
     def data(self) -> int:
@@ -69,10 +70,24 @@ class Place:
             return None
         return self._mesh["replicate", "storage"] if self.layout.replicate > 1 else self._mesh["storage"]
 
-    def group(self, dimension: Literal["tensor", "context", "pipeline", "replicate"]) -> dist.ProcessGroup | None:
-        """The processes along one dimension; None, for all there are, where they are replicas of each other alone."""
+    def require_storage_alone(self, what: str) -> None:
+        """
+        Raises:
+            LayoutError: the layout shares more than the storage of weights; `what` can do no more.
+        """
+        for dimension in ("tensor", "context", "pipeline"):
+            if getattr(self.layout, dimension) > 1:
+                raise LayoutError(dimension, f"{what} shares the storage of weights alone: use parallel.shard")
+
+    def group(
+        self, dimension: Literal["tensor", "context", "pipeline", "replicate", "data"]
+    ) -> dist.ProcessGroup | None:
+        """The processes along one dimension; None, for all there are, where they are replicas of each other alone.
+        "data" is all that have positions of their own: replicas, and those that share storage."""
         if self._mesh is None:
             return None
+        if dimension == "data":
+            return self._data.get_group()
         return self._context.get_group("context") if dimension == "context" else self._mesh.get_group(dimension)
 
 

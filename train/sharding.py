@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from . import parallel
 from .place import Place
@@ -44,8 +43,7 @@ def whole_tensors(model: nn.Module, place: Place) -> Iterator[tuple[str, Tensor]
         for name in names[process]:
             tensor = None
             if place.at.pipeline == stage:
-                parameter = own[name].detach()
-                tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                tensor = parallel.whole(own[name].detach())
             yield name, _from_stage(tensor, stage, place)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from . import checkpoint, parallel
 from .checkpoint import CheckpointError
@@ -103,8 +102,7 @@ def fingerprint(model: nn.Module, trained: Sequence[str]) -> dict[str, str]:
         del never[name]
     hashes = {}
     for name, parameter in never.items():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        flat = whole.detach().reshape(-1)
+        flat = parallel.whole(parameter.detach()).reshape(-1)
         sample = flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].contiguous().cpu()
         content = f"{tuple(parameter.shape)} {parameter.dtype}".encode() + sample.view(torch.uint8).numpy().tobytes()
         hashes[name] = hashlib.sha256(content).hexdigest()[:16]

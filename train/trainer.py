@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from . import checkpoint, parallel
 from .bad_samples import BadSampleLog
@@ -188,7 +189,7 @@ class _Run:
             self._restore(newest, saved)
         else:
             fresh = capture(self.model, self.optimizer, self.trained).values()
-            parallel.broadcast([parallel.local(tensor) for tensor in fresh], self.place.group("replicate"))
+            parallel.broadcast([t for t in fresh if not isinstance(t, DTensor)], self.place.group("data"))
         trackers = () if self.finished else self.config.trackers
         self.trackers = Trackers(trackers, self.run_dir, self.step, self.recipe)
         if len(saved.get("random", [])) == parallel.world_size():

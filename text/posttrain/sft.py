@@ -12,9 +12,12 @@ import torch
 from ...data.dialogs import dialog_sample
 from ...data.shards import Sample
 from ...data.sources import DataConfig, open_loader
-from ...train.parallel import rank, world_size
+from ...train.layout import LayoutError
+from ...train.parallel import rank
+from ...train.place import Place
 from ...train.recipe import Stage, StageRecipe, train_by
 from ..dialog import encode_dialog
+from ..distribute import distributed, of_own_positions
 from ..model_directory import load_text, save_text
 from ..objective import next_token
 from ..rows import Document, TokenBatch, pack_documents
@@ -56,13 +59,25 @@ class DialogTextCollator:
 
 
 def run(recipe: SFTRecipe, run_dir: Path) -> dict[str, Any]:
-    """Trains and writes `run_dir/model`; returns the trainer's result."""
+    """Trains and writes `run_dir/model`; returns the trainer's result.
+
+    Raises:
+        LayoutError: `recipe.parallel` has a pipeline, or does not divide the processes, the model or the rows.
+    """
     torch.manual_seed(recipe.trainer.seed)
     model, tokenizer = load_text(recipe.init, torch.float32)
-    batch_size = recipe.trainer.micro_batch_size(world_size())
+    place = Place(recipe.parallel)
+    if place.layout.pipeline > 1:
+        # A micro-batch has as many rows as its dialogs need, but stages hand on tensors of one shape.
+        raise LayoutError("pipeline", f"stage {recipe.stage!r} runs all layers on each process; leave it out")
+    batch_size = recipe.trainer.micro_batch_size(place.layout.data)
     collate = DialogTextCollator(tokenizer, recipe.data.row_length)
-    loader = open_loader(recipe.data, collate, batch_size, rank(), world_size())
-    result = train_by(recipe, model, loader, next_token, run_dir)
+    loader = open_loader(
+        recipe.data, collate, batch_size, place.data, place.layout.data, drop_last=not place.replicas_alone
+    )
+    with distributed(model, place, [recipe.data.row_length]) as part:
+        objective = of_own_positions(next_token, place)
+        result = train_by(recipe, part.model, loader, objective, run_dir, place=place)
     if rank() == 0:
         save_text(model, tokenizer, run_dir / "model")
     return result
