@@ -151,7 +151,7 @@ class ComposedModel(nn.Module):
         if cache and positions is not None:
             columns = positions
 
-        embeddings: Tensor | None = None
+        embeddings = self.text.embed(tokens)
         memories = cache.memories if cache else []
         for name, batch in (inputs or {}).items():
             adapter: Adapter = getattr(self, name)
@@ -159,17 +159,14 @@ class ComposedModel(nn.Module):
             if given is None:
                 given = adapter(batch.tensors, **{other: getattr(self, other) for other in adapter.requires})
             if given.soft_tokens is not None:
-                base = self.text.embed(tokens) if embeddings is None else embeddings
-                embeddings = place_soft_tokens(base, given.soft_tokens, batch.placements)
+                embeddings = place_soft_tokens(embeddings, given.soft_tokens, batch.placements)
             if given.memory is not None:
                 memories.append(gather_memory(adapter, given, batch.placements, B))
 
         arguments: dict[str, Any] = {"positions": positions, "documents": documents, "cache": text_cache}
         if memories:
             arguments["before_layer"] = self._interleave(memories, columns)
-        if embeddings is not None:
-            return self.text.hidden(embeddings=embeddings, **arguments)
-        return self.text.hidden(tokens, **arguments)
+        return self.text.hidden(embeddings=embeddings, **arguments)
 
     def _interleave(self, memories: list[RowMemory], columns: Tensor):
         """The function that the language model calls before each of its layers."""

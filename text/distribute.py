@@ -112,7 +112,9 @@ def _divide(model: Transformer, root: nn.Module, place: Place) -> None:
     if place.layout.tensor > 1:
         share_tensors(model, place.tensor)
     recompute(model, place.config.recompute)
-    shard(root, model.layers, place, methods=["hidden", "embed"] if root is model else [])
+    # By itself: its gradient comes after that of everything else, which is done once the layers' input has one.
+    embedding = [model.tok_embeddings] if isinstance(model.tok_embeddings, nn.Embedding) else []
+    shard(root, model.layers, place, kept=embedding, methods=["hidden", "embed"] if root is model else [])
 
 
 def of_own_positions(objective: Objective, place: Place) -> Objective:
