@@ -9,16 +9,18 @@ from .config import (
     OptimizerConfig,
     RecipeError,
     ScheduleConfig,
+    SpikePolicy,
     TrainerConfig,
     as_dict,
     dump,
     load_recipe,
 )
 from .freezing import FreezeRow, apply_freeze
-from .guard import NonFiniteError
+from .guard import LossSpikeError, NonFiniteError
 from .layout import Layout, LayoutError, ParallelConfig, lay_out
 from .objective import Loader, Metrics, Objective, move
 from .progress import ProgressLine
+from .replicas import ReplicaError
 from .run_directory import RunDirectoryError, environment
 from .schedule import fraction
 from .state import load_weights, seed_everything
@@ -34,6 +36,7 @@ __all__ = [
     "LayoutError",
     "Loader",
     "LoaderExhaustedError",
+    "LossSpikeError",
     "Metrics",
     "NonFiniteError",
     "Objective",
@@ -41,8 +44,10 @@ __all__ = [
     "ParallelConfig",
     "ProgressLine",
     "RecipeError",
+    "ReplicaError",
     "RunDirectoryError",
     "ScheduleConfig",
+    "SpikePolicy",
     "TrainerConfig",
     "apply_freeze",
     "as_dict",

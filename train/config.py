@@ -143,6 +143,34 @@ class BatchChange:
 
 
 @dataclass(kw_only=True)
+class SpikePolicy:
+    """What becomes of an update whose loss or gradient norm stands out from those of the last updates.
+
+    Either stands out above median + threshold x scale, where the scale is the median distance from the median, times
+    1.4826 (which makes it the standard deviation of a normal distribution), but at least 1% of the median.
+
+    Args:
+        action: "ignore" looks at nothing; "skip" leaves the update out and counts it; "stop" ends the run before it,
+            with an error that leaves the last good checkpoint.
+        threshold: see above.
+        window: the newest updates made that the medians are of.
+        least: no update is judged before so many are in the window.
+        patience: after so many skipped in a row the level itself has changed, and the run stops.
+    """
+
+    action: Literal["ignore", "skip", "stop"] = "ignore"
+    threshold: float = 10.0
+    window: int = 128
+    least: int = 32
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.threshold > 0, "threshold", "above 0", self.threshold)
+        _require(1 <= self.least <= self.window, "least", "from 1 to window", self.least)
+        _require(self.patience >= 1, "patience", "at least 1", self.patience)
+
+
+@dataclass(kw_only=True)
 class TrainerConfig:
     """How long and in which pieces a stage trains.
 
@@ -165,6 +193,13 @@ class TrainerConfig:
             checkpoint, or "skip" the update and count it.
         trackers: get what is logged too: "tensorboard", "wandb" (Weights & Biases), see `Trackers`.
         profile_at: traces three updates once this many are finished, see `Profiling`.
+        spikes: the same for finite ones that stand out.
+        stall_seconds: without the end of an update for so long, every process writes its stacks into `stalls/` of the
+            run directory (see `Watchdog`); None: nobody looks.
+        stall_action: "report", or "exit" with code 75 afterwards, so that torchrun starts all processes again.
+        straggler_factor: a process that takes so many times the median for its own work in an update is reported.
+        check_replicas_every: updates between comparisons of all processes' weights and moments, bit for bit, which
+            are then also made before every checkpoint; None: never.
     """
 
     steps: int
@@ -182,15 +217,22 @@ class TrainerConfig:
     non_finite: Literal["stop", "skip"] = "stop"
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     profile_at: int | None = None
+    spikes: SpikePolicy = field(default_factory=SpikePolicy)
+    stall_seconds: float | None = 600.0
+    stall_action: Literal["report", "exit"] = "report"
+    straggler_factor: float = 1.5
+    check_replicas_every: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("evaluate_every", "keep_every"):
+        for name in ("evaluate_every", "keep_every", "check_replicas_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require((self.profile_at or 0) >= 0, "profile_at", "at least 0", self.profile_at)
         _require(len(set(self.trackers)) == len(self.trackers), "trackers", "different from each other", self.trackers)
+        _require(self.stall_seconds is None or self.stall_seconds > 0, "stall_seconds", "above 0", self.stall_seconds)
+        _require(self.straggler_factor > 1, "straggler_factor", "above 1", self.straggler_factor)
         starts = [change.from_step for change in self.ramp]
         _require(starts == sorted(set(starts)), "ramp", "in ascending order of from_step", starts)
         self.micro_batch_size(1)

@@ -25,7 +25,7 @@ from .trackers import Trackers
 OWN_KEYS = {
     "step", "loss", "lr", "grad_norm", "tokens", "samples", "tokens_per_second", "wall_seconds",
     "peak_memory_bytes", "skipped_steps", "evaluation", "effective_time", "mfu",
-    "gradient_sum_time",
+    "gradient_sum_time", "slowest_rank", "slowest_over_median",
 }  # fmt: skip
 
 
@@ -42,8 +42,9 @@ class Meters:
     of the time since the run's first start, see `EffectiveTime`. "gradient_sum_time" is the share of the updates' own
     time, waiting for data included, that processes spent in sums over each other after the backward pass, waiting for
     the slowest included: the mean over processes since the line before; absent where there is one process. Sums that a
-    layout makes within the backward pass are not in it. Lines with "evaluation" hold what the evaluation hook found.
-    Numbers that are not finite are null.
+    layout makes within the backward pass are not in it. Several processes have "slowest_rank" and
+    "slowest_over_median", see `Stragglers`. Lines with "evaluation" hold what the evaluation hook found. Numbers that
+    are not finite are null.
 
     Args:
         state: `state_dict()` of the checkpoint that the run goes on from; lines past its step are dropped.
@@ -114,8 +115,8 @@ class Meters:
                     raise ValueError(f"metric '{name}' has the name of a field of metrics.jsonl: rename it")
                 self._add_local(name, value, number)
 
-    def log(self, step: int, lr: float, grad_norm: float, skipped: int) -> None:
-        """Writes the line of the updates since the last one. All processes call it."""
+    def log(self, step: int, lr: float, grad_norm: float, skipped: int, further: dict[str, Any] | None = None) -> None:
+        """Writes the line of the updates since the last one, with further fields. All processes call it."""
         self._reduce()
         now = time.monotonic()
         seconds = max(now - self._interval_started, 1e-9)
@@ -135,6 +136,7 @@ class Meters:
             "wall_seconds": self.wall_seconds(),
             "peak_memory_bytes": self.peak_memory,
             "skipped_steps": skipped,
+            **(further or {}),
         }
         self._write(self.last)
         self.interval = {}

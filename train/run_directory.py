@@ -21,8 +21,8 @@ from .peak_flops import device_name
 
 MAY_CHANGE = (
     "steps", "accumulate", "checkpoint_every", "keep", "keep_every", "background_checkpoints", "log_every",
-    "evaluate_every", "non_finite",
-    "trackers", "profile_at",
+    "evaluate_every", "non_finite", "spikes", "stall_seconds", "stall_action", "straggler_factor",
+    "check_replicas_every", "trackers", "profile_at",
 )  # fmt: skip
 """Fields of TrainerConfig that may change when a run is resumed: its length, layout, log and caution."""
 

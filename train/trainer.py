@@ -39,6 +39,7 @@ from .place import Place
 from .precision import native_precision
 from .profiling import Profiling
 from .progress import ProgressLine
+from .replicas import replicated_state, require_equal
 from .run_directory import RunDirectoryError, open_run, read_result
 from .saving import CheckpointWriter
 from .schedule import fraction
@@ -52,7 +53,9 @@ from .state import (
     same_random_afterwards,
     seed_everything,
 )
+from .stragglers import Stragglers
 from .trackers import Trackers
+from .watchdog import Watchdog
 
 Evaluate = Callable[[Any, int], dict[str, float]]
 FlopsOfUpdate = Callable[[int], float]
@@ -110,6 +113,8 @@ def train(
         RunDirectoryError: the directory holds a run of another recipe, or a longer one.
         CheckpointError: the checkpoint there does not fit the model.
         NonFiniteError: see TrainerConfig.non_finite.
+        LossSpikeError: see TrainerConfig.spikes.
+        ReplicaError: see TrainerConfig.check_replicas_every.
         LoaderExhaustedError: the loader ended early; the message says how many updates and samples it held.
         SystemExit: after SIGTERM, once the update at hand is made and a checkpoint written.
     """
@@ -196,7 +201,7 @@ class _Run:
             restore_random(saved["random"][parallel.rank()])
         else:  # a fresh start, or another number of processes
             seed_everything(self.config.seed, self.place.random_stream, self.step)
-        self.guard = Guard(self.config.non_finite, **saved.get("guard", {}))
+        self.guard = Guard(self.config.non_finite, self.config.spikes, saved.get("guard"))
         self.writer = CheckpointWriter(self.run_dir, self.config, newest)
         self.peak = peak_flops(device_name(self.device), self.config.precision)
         peak = self.peak and self.peak * parallel.world_size()
@@ -204,6 +209,9 @@ class _Run:
         self.profiling = Profiling(self.run_dir, self.config.profile_at, self.device, self.progress.say)
         self.bad_samples = BadSampleLog(self.run_dir, self.loader, self.step)
         self.progress.first = self.step
+        self.stragglers = Stragglers(self.config.straggler_factor, self.progress.say, self.device)
+        ends = self.config.stall_action == "exit"
+        self.watchdog = Watchdog(self.run_dir, self.config.stall_seconds, ends, self.description)
 
     def _restore(self, path: Path, saved: dict[str, Any]) -> None:
         self.step = saved["step"]
@@ -230,7 +238,15 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """The loop."""
         config = self.config
-        with self.progress, termination() as wish, self.trackers, self._start(), self.profiling, self.writer:
+        with (
+            self.progress,
+            termination() as wish,
+            self.trackers,
+            self._start(),
+            self.watchdog,
+            self.profiling,
+            self.writer,
+        ):
             batches = iter(self.loader)
             changes = {step for step in change_steps(self.freeze) if step > self.step}
             if self._evaluation_due():  # it was killed between its checkpoint and its evaluation
@@ -247,7 +263,9 @@ class _Run:
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
                     self.bad_samples.collect(self.step)
-                    self.meters.log(self.step, self.lr, self.norm, self.guard.skipped)
+                    self.meters.log(self.step, self.lr, self.norm, self.guard.skipped, self.stragglers.report())
+                if self.config.check_replicas_every and self.step % self.config.check_replicas_every == 0:
+                    self._check_replicas()
                 if last or self.progress.due():
                     self.progress.update(self.step, self.meters.status())
                 if self.step % config.checkpoint_every == 0 or last or stopping:
@@ -281,8 +299,12 @@ class _Run:
             nonlocal given
             for batch in islice(batches, accumulate):
                 given += 1
+                self.watchdog.note(self.step, f"micro-batch {given} of {accumulate}")
                 yield batch
+                self.watchdog.note(self.step, "waiting for data")
 
+        self.watchdog.note(self.step, "waiting for data")
+        self.stragglers.begin()
         if self.pipeline is not None:
             outcomes = self.pipeline(counted(), self.device, self.autocast)
         else:
@@ -292,10 +314,12 @@ class _Run:
                 totals[0] += loss.detach()
                 totals[1] += count
                 metrics.append(measured)
+        self.stragglers.end()
         if not given:
             raise LoaderExhaustedError(self._what_the_data_held())
         totals[2] += wish.requested
         totals[3] += self.profiling.wanted()
+        self.watchdog.note(self.step, "sum of gradients")
         with self.meters.gradient_sum.measured():
             loss_sum, targets, stopping, profiling = parallel.sum_all(totals).tolist()
             gradients = summed_gradients(self.parameters, self.place)
@@ -338,7 +362,22 @@ class _Run:
             f"(data.sources[].epochs), or set trainer.steps to {self.step}"
         )
 
+    def _check_replicas(self) -> None:
+        tensors = replicated_state(self.model, self.optimizer)
+        sharded = {name: t for name, t in tensors.items() if isinstance(t, DTensor)}
+        whole = {name: t for name, t in tensors.items() if name not in sharded}
+
+        def compare() -> None:
+            for part, dimension in ((sharded, "replicate"), (whole, "data")):
+                of_process = {name: parallel.local(tensor) for name, tensor in part.items()}
+                require_equal(of_process, f"step {self.step}", self.writer.last_good, self.place.group(dimension))
+
+        parallel.on_each(compare)  # every group of replicas for itself; all stop where one differs
+
     def _save(self) -> None:
+        self.watchdog.note(self.step, "checkpoint", long=True)
+        if self.config.check_replicas_every:
+            self._check_replicas()
         began = time.monotonic()
         with self.meters.pause():
             self.bad_samples.collect(self.step)
@@ -349,7 +388,7 @@ class _Run:
                 "freeze": self.recipe["freeze"],
                 "frozen": self.frozen,
                 "meters": self.meters.state_dict(),
-                "guard": {"skipped": self.guard.skipped, "empty": self.guard.empty},
+                "guard": self.guard.state_dict(),
             }
             tensors = capture(self.model, self.optimizer, self.trained)
             self.writer.save(self.step, tensors, state)
@@ -362,6 +401,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         assert self.evaluate is not None
+        self.watchdog.note(self.step, "evaluation", long=True)
         self.model.eval()
         with self.meters.pause(), same_random_afterwards(), torch.no_grad(), self.autocast:
             self.evaluation = self.evaluate(self.model, self.step)
