@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, LookupError, ModuleNotFoundError, RuntimeError) as error:
         if os.environ.get("HERDKIT_TRACEBACK"):
             raise
-        print(f"herdkit: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        of_rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"herdkit: {of_rank}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

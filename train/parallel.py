@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .failure import failures_told
+
 T = TypeVar("T")
 
 BUCKET_ELEMENTS = 2**24  # 64 MiB in float32: large enough for bandwidth, small beside the gradients
@@ -48,10 +50,17 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timeout)
+    orderly = True
     try:
-        yield
+        with failures_told():
+            yield
+    except Exception:
+        orderly = False
+        raise
     finally:
-        dist.destroy_process_group()
+        # NCCL would wait for collectives that the others may never join: the end of the process does without.
+        if orderly or not torch.cuda.is_available():
+            dist.destroy_process_group()
 
 
 def require_process_group() -> None:
