@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .failure import failures_told
+from .rendezvous import store_of_this_start
 
 T = TypeVar("T")
 
@@ -49,17 +50,21 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout)
     orderly = True
     try:
         with failures_told():
+            if (store := store_of_this_start(timeout)) is None:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+                dist.init_process_group(backend, store=store, timeout=timeout, **place)
             yield
     except Exception:
         orderly = False
         raise
     finally:
         # NCCL would wait for collectives that the others may never join: the end of the process does without.
-        if orderly or not torch.cuda.is_available():
+        if dist.is_initialized() and (orderly or not torch.cuda.is_available()):
             dist.destroy_process_group()
 
 

@@ -68,6 +68,8 @@ def main(run_dir, fault=None, rank=1, at=0, environ=None, out=None, errors=None,
     optimizers = []
     hook = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
     act = acts.get(fault) if mine else None
+    if not first_start and os.environ["RANK"] == "1":
+        time.sleep(1)  # the other finds what the store holds of the start before
     with parallel.process_group():
         model = toys.Toy(0.3)
         settings = toys.configs(steps, trainer={"log_every": 2, **(trainer or {})})
