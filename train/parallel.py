@@ -56,8 +56,8 @@ def process_group(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
             if (store := store_of_this_start(timeout)) is None:
                 dist.init_process_group(backend, timeout=timeout)
             else:
-                place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-                dist.init_process_group(backend, store=store, timeout=timeout, **place)
+                own, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+                dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=timeout)
             yield
     except Exception:
         orderly = False

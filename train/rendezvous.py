@@ -8,12 +8,13 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import DistStoreError
 
 POLL = 0.05  # seconds
 
 
-def store_of_this_start(timeout: timedelta) -> dist.Store | None:
+def store_of_this_start(timeout: timedelta) -> Store | None:
     """The store to build the process group with; None: torch's own is empty.
 
     torchrun keeps one store for all starts of its processes (unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), where torch
@@ -23,11 +24,11 @@ def store_of_this_start(timeout: timedelta) -> dist.Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    return dist.PrefixStore(agree(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout), store)
+    store = TCPStore(address, port, is_master=False, timeout=timeout)
+    return PrefixStore(agree(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout), store)
 
 
-def agree(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+def agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """A name that all processes of this start have, and none of an earlier one.
 
     The first process proposes one and waits until all others have answered it, each with a name of its own; it then
@@ -42,7 +43,7 @@ def agree(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> 
         store.set("herdkit/proposal", own)
         try:
             answers = [store.get(f"herdkit/{own}/{other}").decode() for other in range(1, world_size)]
-        except dist.DistStoreError as error:
+        except DistStoreError as error:
             raise TimeoutError(f"of {world_size} processes some did not come within {timeout}") from error
         store.set(f"herdkit/{own}/answers", json.dumps(answers))
         return own

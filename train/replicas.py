@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-CHUNK = 2**22  # elements: 32 MiB of weights
+CHUNK = 2**20  # elements: their places and products stay in the cache of a CPU
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SHOWN = 8  # ranks in a message
 GOLDEN = -7046029254386353131  # 2**64 over the golden ratio, as int64

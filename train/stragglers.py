@@ -22,7 +22,7 @@ class Stragglers:
 
     Args:
         factor: a process that takes so many times the median is slow.
-        say: gets a line on a process that was slow in three lines of the log in a row.
+        say: gets a line on a process that is slow in three lines of the log in a row, once.
     """
 
     def __init__(self, factor: float, say: Callable[[str], None], device: torch.device | None = None):
@@ -68,5 +68,5 @@ class Stragglers:
             return
         lines = self._slow[1] + 1 if self._slow is not None and self._slow[0] == rank else 1
         self._slow = (rank, lines)
-        if lines % IN_A_ROW == 0:
+        if lines == IN_A_ROW:
             self.say(f"rank {rank} on {host} is slow: {ratio:.1f} times the median for {lines} lines of the log")

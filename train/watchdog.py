@@ -29,9 +29,10 @@ class Watchdog:
     The limit counts from the start of an update; it is ten times as long for the first update of a start, for a
     checkpoint and for an evaluation. A process that waits longer writes into the run directory, in the folder
     `stalls/START/step-00000012`, `rank-3.txt` with the Python stacks of all its threads and the last collectives that
-    torch's flight recorder has seen (gloo's knows which were called and which are over; NCCL's also which have
-    started) as `flight_recorder_rank_3`, a pickle for `torchfrtrace`. The other processes see the folder, whatever
-    they do at that time, and write theirs into it. A process is reported once for a step, on standard error.
+    torch's flight recorder has seen: NCCL's as `flight_recorder_rank_3`, a pickle for `torchfrtrace`, and gloo's, which
+    knows when they were called and which are over but not when they started, as `collectives_rank_3.json`. The other
+    processes see the folder, whatever they do at that time, and write theirs into it. A process is reported once for a
+    step, on standard error.
 
     It cannot see a process that is stopped as a whole, or that holds Python's interpreter lock; the others, which wait
     for it, report then.
@@ -115,12 +116,11 @@ class Watchdog:
         with path.open("w", encoding="utf-8") as file:
             print(line, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
-        if dist.is_initialized():
-            (path.parent / f"flight_recorder_rank_{rank}").write_bytes(_flight_record())
-
-
-def _flight_record() -> bytes:
-    """The last collectives of this process, pickled by torch."""
-    if dist.is_nccl_available() and "nccl" in dist.get_backend_config():
-        return _distributed_c10d._dump_nccl_trace()  # pyright: ignore[reportAttributeAccessIssue]
-    return _distributed_c10d._dump_fr_trace()  # pyright: ignore[reportAttributeAccessIssue]
+        if not dist.is_initialized():
+            return
+        if "nccl" in dist.get_backend_config():
+            record = _distributed_c10d._dump_nccl_trace()  # pyright: ignore[reportAttributeAccessIssue]
+            (path.parent / f"flight_recorder_rank_{rank}").write_bytes(record)
+        else:
+            record = _distributed_c10d._dump_fr_trace_json()  # pyright: ignore[reportAttributeAccessIssue]
+            (path.parent / f"collectives_rank_{rank}.json").write_bytes(record)
