@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from herdkit.train import parallel
 from herdkit.train.rendezvous import agree, store_of_this_start
 
 LIMIT = timedelta(seconds=20)
@@ -21,7 +22,7 @@ def start(port, ranks, world_size, limit=LIMIT):
 
 @pytest.fixture
 def server():
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=LIMIT)
 
 
 def test_every_start_agrees_on_a_name_of_its_own(server):
@@ -50,3 +51,11 @@ def test_one_who_does_not_come(server, ranks, message):
 def test_without_a_kept_store_torch_does_it(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     assert store_of_this_start(LIMIT) is None
+
+
+def test_processes_of_torchrun_join_through_it(server, monkeypatch):
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
+    for name, value in {**place, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with parallel.process_group():
+        assert server.check(["herdkit/proposal"])
