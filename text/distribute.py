@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..train import parallel
@@ -51,9 +52,10 @@ class DistributedModel:
 
     def sum(self, values: Tensor) -> Tensor:
         """Adds up, in place, what the processes of a `context` and `pipeline` group measured on their positions."""
-        for dimension in ("context", "pipeline"):
-            if getattr(self.place.layout, dimension) > 1:
-                torch.distributed.all_reduce(values, group=self.place.group(dimension))
+        if self.place.layout.context > 1:
+            dist.all_reduce(values, group=self.place.group("context"))
+        if self.place.layout.pipeline > 1:
+            dist.all_reduce(values, group=self.place.group("pipeline"))
         return values
 
 

@@ -296,7 +296,7 @@ class Transformer(nn.Module):
         """What `forward` projects to the vocabulary: (B, T, D) after the final norm. Same arguments."""
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens or embeddings")
-        x = self.embed(tokens) if tokens is not None else embeddings
+        x = self.tok_embeddings(tokens) if tokens is not None else embeddings
         assert x is not None
         shared = self.shared(x.shape[1], x.device, positions, documents, cache)
         for i, layer in enumerate(self.layers):

@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import parallel
 from .layout import Coordinates, Layout, LayoutError, ParallelConfig, lay_out
 
+Dimension = Literal["tensor", "context", "pipeline", "replicate", "data"]
+
 
 class Place:
     """Where this process stands. All processes make it at the same time.
@@ -79,9 +81,7 @@ class Place:
             if getattr(self.layout, dimension) > 1:
                 raise LayoutError(dimension, f"{what} shares the storage of weights alone: use parallel.shard")
 
-    def group(
-        self, dimension: Literal["tensor", "context", "pipeline", "replicate", "data"]
-    ) -> dist.ProcessGroup | None:
+    def group(self, dimension: Dimension) -> dist.ProcessGroup | None:
         """The processes along one dimension; None, for all there are, where they are replicas of each other alone.
         "data" is all that have positions of their own: replicas, and those that share storage."""
         if self._mesh is None:

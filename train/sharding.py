@@ -29,7 +29,7 @@ def shard(
         blocks: modules of it whose weights are gathered together when they run. What is in none of them is gathered
             when the model runs, and stays until the end of the backward pass.
         kept: further blocks, which stay until then as well.
-        methods: of the model, which may be called in place of `forward`.
+        methods: of the model, which may be called in place of `forward`; none of them may call another.
     """
     mesh = place.storage
     if mesh is None:

@@ -368,9 +368,9 @@ class _Run:
         whole = {name: t for name, t in tensors.items() if name not in sharded}
 
         def compare() -> None:
-            for part, dimension in ((sharded, "replicate"), (whole, "data")):
+            for part, group in ((sharded, self.place.group("replicate")), (whole, self.place.group("data"))):
                 of_process = {name: parallel.local(tensor) for name, tensor in part.items()}
-                require_equal(of_process, f"step {self.step}", self.writer.last_good, self.place.group(dimension))
+                require_equal(of_process, f"step {self.step}", self.writer.last_good, group)
 
         parallel.on_each(compare)  # every group of replicas for itself; all stop where one differs
 

@@ -45,9 +45,9 @@ def test_only_what_is_new_of_a_conversation_is_run(model, monkeypatch):
     run = []
     hidden = model.text.hidden
 
-    def counted(tokens, **options):
-        run.append(tokens.shape[1])
-        return hidden(tokens, **options)
+    def counted(*tokens, **options):
+        run.append((options["embeddings"] if "embeddings" in options else tokens[0]).shape[1])
+        return hidden(*tokens, **options)
 
     monkeypatch.setattr(model.text, "hidden", counted)
     assert conversation(model, {"kept": KeptPrompt()}, *turns) == expected

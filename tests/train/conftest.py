@@ -1,5 +1,4 @@
 import importlib.util
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,11 @@ def toys():
 
 @pytest.fixture
 def start(start_program):
-    """Starts `toys.main(**arguments)` in a process; none outlives the test."""
-    return partial(start_program, TOYS)
+    """Starts `toys.main(**arguments)`, or that of another program, in a process; none outlives the test."""
+    return lambda program=TOYS, **arguments: start_program(program, **arguments)
 
 
 @pytest.fixture
 def finish(finish_program):
-    """Starts `toys.main` on some processes, waits, and returns their exit codes."""
-    return partial(finish_program, TOYS)
+    """Starts `toys.main`, or that of another program, on some processes, waits, and returns their exit codes."""
+    return lambda processes=1, program=TOYS, **arguments: finish_program(program, processes, **arguments)

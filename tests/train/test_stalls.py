@@ -31,7 +31,7 @@ def test_a_stalled_process_ends_all_with_stacks_and_a_code_of_its_own(finish, tm
     (start,) = (run / "stalls").iterdir()
     assert reports(start) == ["step-00000007/rank-0.txt", "step-00000007/rank-1.txt"]
     waiting, sleeping = ((start / "step-00000007" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
-    assert "sum_gradients" in waiting
+    assert "sum_all" in waiting
     assert "all_reduce" in waiting
     assert re.search(r'faulty\.py", line \d+ in <lambda>', sleeping)
     for rank, place in ((0, "sum of gradients"), (1, "micro-batch 1 of 1")):
