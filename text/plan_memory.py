@@ -20,12 +20,14 @@ class Load:
         rows: of a micro-batch in one group of data parallel.
         micro_batches: of the update.
         width: bytes of a number in the precision of training.
+        compiled: whether layers are; without, one tensor more of the feed-forward is kept.
     """
 
     row_length: int
     rows: int
     micro_batches: int
     width: int
+    compiled: bool = True
 
     def positions(self, layout: Layout) -> int:
         """Of a micro-batch on one process, before `tensor` divides them."""
@@ -49,9 +51,9 @@ def memory_bytes(
     summed = share.unit if run == 1 else max(share.unit, share.gathered // parallel.chunks)
     copied = layout.storage > 1 or width < 4
     held = passes_in_flight(parallel, place, load.micro_batches) / parallel.chunks
-    kept = held * share.layers * kept_elements(config, parallel.recompute)
+    kept = held * share.layers * kept_elements(config, parallel.recompute, load.compiled)
     if parallel.recompute != "none":
-        kept += kept_elements(config, "none")  # of the layer that is being made again
+        kept += kept_elements(config, "none", load.compiled)  # of the layer that is being made again
     ends = 2 * config.dim if share.output else 0
     divided = positions / layout.tensor
     parts = {
@@ -69,13 +71,14 @@ def memory_bytes(
     return {**rounded, "total": sum(rounded.values())}
 
 
-def kept_elements(config: TransformerConfig, recompute: str) -> int:
+def kept_elements(config: TransformerConfig, recompute: str, compiled: bool = True) -> int:
     """Numbers that one position of a layer leaves for the backward pass, shared evenly by `tensor`.
 
     Without recomputation: the residual stream before the two norms, what these make of it, queries, what attention
-    gives, keys, values, and in the feed-forward the gate, what it gates and their product; a compiler makes again
-    what lies between. Norms' outputs are kept divided and gathered again beside the backward products. "selective": the
-    layer's input, queries, values, what attention gives, the gate and the last product. "full": the layer's input.
+    gives, keys, values, and in the feed-forward the gate, what it gates and their product; a compiler makes again what
+    lies between, the gate's SiLU, which is kept otherwise. Norms' outputs are kept divided and gathered again beside
+    the backward products. "selective": the layer's input, queries, values, what attention gives, the gate and the last
+    product. "full": the layer's input.
     """
     D, F, kv = config.dim, config.ffn_dim, config.n_kv_heads * config.head_dim
-    return {"none": 6 * D + 2 * kv + 3 * F, "selective": 4 * D + kv + F, "full": D}[recompute]
+    return {"none": 6 * D + 2 * kv + (3 if compiled else 4) * F, "selective": 4 * D + kv + F, "full": D}[recompute]

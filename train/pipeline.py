@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, _Action, _PipelineScheduleRuntime
@@ -68,7 +69,7 @@ class Pipeline:
         handed: Callable[[Any], Handed],
     ):
         self.place, self.stages, self.objective, self.handed = place, stages, objective, handed
-        self._schedules: dict[tuple[int, Handed, bool], _Schedule] = {}
+        self._schedules: dict[tuple[int, Handed], _Schedule] = {}
         self._outcomes: list[Outcome] = []
 
     def __call__(
@@ -83,31 +84,38 @@ class Pipeline:
         """
         micro_batches = [move(batch, device) for batch in batches]
         self._outcomes = []
-        if micro_batches:
-            self._run(micro_batches, device, precision, training=True)
-        return self._outcomes
-
-    def last_output(self, batch: Any, device: torch.device) -> tuple[Any, Tensor] | None:
-        """Runs one batch forward alone, without gradients, under the precision at hand.
-
-        Returns: in the process with the last stage its part and what it gave, in the others None.
-        """
-        with torch.no_grad():
-            given = self._run([move(batch, device)], device, nullcontext(), training=False)
-        return None if given is None else (self.stages[max(self.stages)].part, given)
-
-    def _run(
-        self, micro_batches: Sequence[Any], device: torch.device, precision: AbstractContextManager[Any], training: bool
-    ) -> Tensor | None:
+        if not micro_batches:
+            return []
         for module in self.stages.values():
             module.micro_batches, module.precision = micro_batches, precision
-        kind = (len(micro_batches), self.handed(micro_batches[0]), training)
+        kind = (len(micro_batches), self.handed(micro_batches[0]))
         if kind not in self._schedules:
             self._schedules[kind] = self._make_schedule(*kind, device)
         numbers = torch.arange(len(micro_batches))
         first = (numbers,) if 0 in self.stages else ()
-        target = numbers if training else None
-        return self._schedules[kind].step(*first, number=numbers, target=target, return_outputs=not training)
+        self._schedules[kind].step(*first, number=numbers, target=numbers, return_outputs=False)
+        return self._outcomes
+
+    @torch.no_grad()
+    def last_output(self, batch: Any, device: torch.device) -> tuple[Any, Tensor] | None:
+        """Runs one batch forward, without gradients, under the precision at hand, stage after stage.
+
+        Returns: in the process with the last stage its part and what it gave, in the others None.
+        """
+        batch, group = move(batch, device), self.place.group("pipeline")
+        shape, _, dtype = self.handed(batch)
+        processes, total = self.place.config.pipeline, self.place.config.pipeline * self.place.config.chunks
+        for index, module in sorted(self.stages.items()):
+            module.micro_batches, module.precision = [batch], nullcontext()
+            x = torch.zeros(1, dtype=torch.int64)
+            if index > 0:
+                x = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(x, group=group, group_src=(index - 1) % processes)
+            x = module(x, number=torch.zeros(1, dtype=torch.int64))
+            if index == total - 1:
+                return module.part, x
+            dist.send(x.contiguous(), group=group, group_dst=(index + 1) % processes)
+        return None
 
     def _loss(self, x: Tensor, number: Tensor) -> Tensor:
         last = self.stages[max(self.stages)]
@@ -116,7 +124,7 @@ class Pipeline:
         self._outcomes.append(outcome)
         return outcome[0]
 
-    def _make_schedule(self, count: int, handed: Handed, training: bool, device: torch.device) -> _Schedule:
+    def _make_schedule(self, count: int, handed: Handed, device: torch.device) -> _Schedule:
         parallel = self.place.config
         total = parallel.pipeline * parallel.chunks
         between, last = (torch.empty(shape, dtype=handed.dtype, device="meta") for shape in handed[:2])
@@ -133,10 +141,7 @@ class Pipeline:
             )
             for index, module in self.stages.items()
         ]
-        order = order_of_passes(parallel, count)
-        if not training:
-            order = [[action for action in actions if action[1]] for actions in order]
-        return _Schedule(stages, count, order, self._loss if training else None)
+        return _Schedule(stages, count, order_of_passes(parallel, count), self._loss)
 
 
 Passes = list[list[tuple[int, bool, int]]]
@@ -144,7 +149,7 @@ Passes = list[list[tuple[int, bool, int]]]
 
 
 class _Schedule(_PipelineScheduleRuntime):
-    def __init__(self, stages: list[PipelineStage], count: int, order: Passes, loss: Callable[..., Tensor] | None):
+    def __init__(self, stages: list[PipelineStage], count: int, order: Passes, loss: Callable[..., Tensor]):
         super().__init__(stages, count, loss, scale_grads=False)  # type: ignore[arg-type]
         actions: dict[int, list[_Action | None]] = {
             process: [_Action(stage, FORWARD if ahead else FULL_BACKWARD, number) for stage, ahead, number in passes]

@@ -29,11 +29,17 @@ FOUR = {
     "context-replicas": {"context": 2},
     "tensor-context": {"tensor": 2, "context": 2, "recompute": "selective"},
     "pipeline": {"pipeline": 4},
-    "pipeline-fsdp": {"pipeline": 2, "shard": 2},
+    "pipeline-fsdp": {"pipeline": 2, "shard": 2, "recompute": "full"},
     "pipeline-tensor": {"pipeline": 2, "tensor": 2},
     "pipeline-context": {"pipeline": 2, "context": 2},
     "pipeline-replicas": {"pipeline": 2},
     "interleaved-fsdp": {"pipeline": 2, "shard": 2, "schedule": "interleaved", "chunks": 2},
+}
+EIGHT = {
+    "pipeline-tensor-fsdp": {"pipeline": 2, "tensor": 2, "shard": 2},
+    "pipeline-context-tensor": {"pipeline": 2, "context": 2, "tensor": 2},
+    "tensor-context-fsdp": {"tensor": 2, "context": 2, "shard": 2, "reshard": True},
+    "context-hsdp": {"context": 2, "shard": 2},
 }
 TIED = ("fsdp", "context", "tensor-fsdp")
 FLOAT32 = ("replicas", "hsdp", "tensor-context", "pipeline-fsdp")
@@ -117,7 +123,7 @@ def test_the_same_layout_resumes_bitwise(finish_program, tmp_path):
             assert all(torch.equal(straight[key], resumed[key]) for key in straight), name
 
 
-@pytest.mark.parametrize(("processes", "layouts"), [(2, TWO), (4, FOUR)])
+@pytest.mark.parametrize(("processes", "layouts"), [(2, TWO), (4, FOUR), (8, EIGHT)])
 def test_layouts_give_the_gradients_and_updates_of_one_process(finish_program, alone, tmp_path, processes, layouts):
     runs = {name: {"layout": layout, "accumulate": 2} for name, layout in layouts.items()}
     runs |= {f"{name}-tied": {"layout": layouts[name], "tied": True} for name in TIED if name in layouts}

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from herdkit.text.model import TransformerConfig
 from herdkit.text.model_directory import load_text
 from herdkit.text.pretrain import PretrainRecipe, run
 from herdkit.text.row_loader import Phase
-from herdkit.train import OptimizerConfig, ScheduleConfig, TrainerConfig
+from herdkit.train import LoaderExhaustedError, OptimizerConfig, ScheduleConfig, TrainerConfig
+from herdkit.train.layout import ParallelConfig
+
+PROGRAM = Path(__file__).with_name("pretraining.py")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,43 @@ def test_a_run_in_two_parts_is_the_run(recipe, tmp_path):
     found, _ = load_text(tmp_path / "parts" / "model")
     for name, weight in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[name], weight), name
+
+
+LAYOUTS = {
+    "pipeline": {"pipeline": 2, "context": 2},
+    "interleaved": {"pipeline": 2, "schedule": "interleaved", "chunks": 2},
+    "fsdp": {"shard": None},
+    "tensor": {"shard": 2, "tensor": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_makes_the_same_model_to_the_last_row_of_its_data(recipe, finish_program, tmp_path, layout):
+    once = dataclasses.replace(recipe.data.sources[0], epochs=1)
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, sources=[once]),
+        phases=[],
+        model=dataclasses.replace(recipe.model, n_kv_heads=2),
+        trainer=TrainerConfig(steps=1000, batch_size=8, accumulate=2, evaluate_every=12, checkpoint_every=8),
+    )
+    with pytest.raises(LoaderExhaustedError) as error:
+        run(recipe, tmp_path / "longer")
+    steps = int(re.findall(r"set trainer.steps to (\d+)", str(error.value))[0])
+    recipe = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, steps=steps))
+    alone = run(recipe, tmp_path / "alone")
+    assert alone["samples"] % 8 or alone["mean"]["row_fill"] < 0.95  # the last update is not full
+    shared = dataclasses.replace(recipe, parallel=ParallelConfig(**layout))
+    assert finish_program(PROGRAM, 4, recipe=shared, run_dir=str(tmp_path / "shared")) == [0] * 4
+    result = json.loads((tmp_path / "shared" / "result.json").read_text())
+    assert result["tokens"] == alone["tokens"]
+    assert result["parameters"] == alone["parameters"]
+    assert result["trained_parameters"] == alone["trained_parameters"]
+    assert result["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-4)
+    wanted, _ = load_text(tmp_path / "alone" / "model")
+    found, _ = load_text(tmp_path / "shared" / "model")
+    for name, weight in wanted.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], weight, rtol=0, atol=1e-3, msg=name)
 
 
 def test_rows_longer_than_the_model_are_refused(recipe, tmp_path):
