@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         "plan",
         plan,
         "Say what a recipe costs before it is run: updates, tokens, operations, memory, days. With --hardware, speed "
-        "is predicted for a layout, or for the fastest that fit; training itself is data parallel alone so far.",
+        "is predicted for a layout, or, where neither --parallel nor the recipe has one, for the fastest that fit.",
         "herdkit plan text/recipes/pretrain_405b.yaml --devices 16384 --hardware h100",
     )
     plan_parser.add_argument("recipe", type=Path)
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     predicted(
         "--parallel",
         metavar="LAYOUT",
-        help="'tensor=8 shard=null ...', or a YAML file with a block 'parallel' (search)",
+        help="'tensor=8 shard=null ...', or a YAML file with a block 'parallel' (the recipe's)",
     )
     assumed = plan_parser.add_argument_group("assumed speed").add_argument
     assumed("--data-parallel", type=int, help="groups of devices with rows of their own (all)")
@@ -217,12 +217,14 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     from .train.config import load_recipe
-    from .train.parallel import process_group, rank
+    from .train.layout import lay_out
+    from .train.parallel import process_group, rank, world_size
     from .train.recipe import find_stage, read_stage_name
 
     stage = find_stage(read_stage_name(options.recipe))
     recipe = load_recipe(options.recipe, stage.recipe, options.overrides)
     with process_group():
+        lay_out(recipe.parallel, world_size())  # before anything large is made or read
         result = stage.run(recipe, options.run_dir)
         if rank() == 0:
             print(json.dumps(result))

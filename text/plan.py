@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..train.layout import ParallelConfig
 from ..train.plan import SECONDS_PER_DAY, Cluster, Hardware
 from .loss import CHUNK_BYTES
 from .model import Transformer, TransformerConfig
@@ -40,7 +41,7 @@ def plan_pretraining(recipe: PretrainRecipe, hardware: Hardware | Cluster, model
         model: a preset to take in place of the recipe's sizes.
     """
     config = preset(model) if model else recipe.model
-    return plan_rows(config, _phases_with_steps(recipe), recipe.trainer.precision, hardware)
+    return plan_rows(config, _phases_with_steps(recipe), recipe.trainer.precision, _with_layout(hardware, recipe))
 
 
 def plan_continued(recipe: RowRecipe, hardware: Hardware | Cluster, model: str | None = None) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def plan_continued(recipe: RowRecipe, hardware: Hardware | Cluster, model: str |
     Args:
         model: the preset that the stage's `init` will be.
     """
+    hardware = _with_layout(hardware, recipe)
     return plan_rows(_stated(model), _phases_with_steps(recipe), recipe.trainer.precision, hardware)
 
 
@@ -59,7 +61,15 @@ def plan_lengths(recipe: LongContextRecipe, hardware: Hardware | Cluster, model:
         phase = PlannedPhase(step, length.row_length, length.batch_size, length.accumulate, {})
         stages.append((phase, length.steps))
         step += length.steps
-    return plan_rows(_stated(model), stages, recipe.trainer.precision, hardware)
+    return plan_rows(_stated(model), stages, recipe.trainer.precision, _with_layout(hardware, recipe))
+
+
+def _with_layout(hardware: Hardware | Cluster, recipe: RowRecipe) -> Hardware | Cluster:
+    """The recipe's layout is planned where it has one and the caller names none."""
+    given = recipe.parallel != ParallelConfig()
+    if isinstance(hardware, Cluster) and hardware.parallel is None and given:
+        return replace(hardware, parallel=recipe.parallel)
+    return hardware
 
 
 def _stated(model: str | None) -> TransformerConfig:

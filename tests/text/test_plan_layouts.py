@@ -7,9 +7,11 @@ from herdkit.text import preset
 from herdkit.text.plan_layouts import cost, layouts_of_phase
 from herdkit.text.plan_time import flops_per_token
 from herdkit.text.row_loader import PlannedPhase
+from herdkit.train import OptimizerConfig, ScheduleConfig, TrainerConfig
 from herdkit.train.hardware import accelerator
 from herdkit.train.layout import LayoutError, ParallelConfig
 from herdkit.train.plan import Cluster
+from herdkit.train.recipe import StageRecipe, train_by
 
 RECIPES = files("herdkit") / "text" / "recipes"
 
@@ -146,8 +148,28 @@ def test_the_command(capsys, tmp_path):
         assert problem in capsys.readouterr().err
 
 
-def test_a_recipe_has_no_layout_yet(capsys, tmp_path):
+def test_the_layout_of_a_recipe_is_planned(capsys):
+    arguments = ["plan", str(RECIPES / "pretrain_8b.yaml"), "--devices", "128", "--hardware", "h100"]
+    own = ["parallel.tensor=8", "parallel.shard=null"]
+    assert main([*arguments, *own]) == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*arguments, "--parallel", "tensor=8 shard=null"]) == 0
+    assert planned == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*arguments, *own, "--parallel", "tensor=4 shard=null"]) == 0
+    assert planned != json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_stage_refuses_what_it_cannot_share(capsys, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((RECIPES / "pretrain_8b.yaml").read_text() + "parallel: {tensor: 8}\n")
     assert main(["train", str(recipe), "--run-dir", str(tmp_path / "run")]) == 1
-    assert "unknown key 'parallel'" in capsys.readouterr().err
+    assert "parallel.tensor: 1 processes are not a multiple of tensor x context" in capsys.readouterr().err
+    recipe = StageRecipe(
+        stage="made",
+        optimizer=OptimizerConfig(lr=1),
+        schedule=ScheduleConfig(),
+        trainer=TrainerConfig(steps=1, batch_size=1),
+        parallel=ParallelConfig(shard=2),
+    )
+    with pytest.raises(LayoutError, match="stage 'made' trains replicas alone"):
+        train_by(recipe, *(None,) * 4)
