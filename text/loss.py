@@ -90,21 +90,26 @@ class _LogSoftmax(NamedTuple):
 
 
 def _log_softmax(logits: Tensor, target: Tensor, dtype: torch.dtype, part: _Part | None) -> _LogSoftmax:
+    """
+    Args:
+        logits: (N, V), or of this process's rows of the vocabulary; their memory may be used.
+    """
     if part is None:
         log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
         of_target = log_p.gather(1, target)
         return _LogSoftmax(log_p, of_target, log_p.amax(1, keepdim=True), target, torch.ones_like(of_target))
+    # In place: the logits are the largest tensors there are.
     logits = logits.to(dtype)
     highest = logits.amax(1, keepdim=True)
     dist.all_reduce(highest, dist.ReduceOp.MAX, part.group)
-    logits = logits - highest
+    logits.sub_(highest)
     own = target - part.first
     there = (own >= 0) & (own < logits.shape[1])
     own = torch.where(there, own, 0)
     sums = torch.cat([logits.exp().sum(1, keepdim=True), logits.gather(1, own) * there], dim=1)
     dist.all_reduce(sums, group=part.group)
     log_sum, of_target = sums[:, :1].log(), sums[:, 1:]
-    return _LogSoftmax(logits - log_sum, of_target - log_sum, -log_sum, own, there.to(dtype))
+    return _LogSoftmax(logits.sub_(log_sum), of_target - log_sum, -log_sum, own, there.to(dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -52,6 +52,9 @@ def memory_bytes(
     copied = layout.storage > 1 or width < 4
     held = passes_in_flight(parallel, place, load.micro_batches) / parallel.chunks
     kept = held * share.layers * kept_elements(config, parallel.recompute, load.compiled)
+    if parallel.recompute == "none" and not load.compiled:
+        # What the norms made is kept as it was gathered for the products.
+        kept += held * share.layers * 2 * config.dim * (layout.tensor - 1)
     if parallel.recompute != "none":
         kept += kept_elements(config, "none", load.compiled)  # of the layer that is being made again
     ends = 2 * config.dim if share.output else 0
