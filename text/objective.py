@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .loss import linear_cross_entropy
@@ -28,3 +29,9 @@ def token_loss(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     count = counted.sum()
     loss, right = linear_cross_entropy(hidden[counted], model.output_weight, labels[counted])
     return loss, count, {"accuracy": (right, count)}
+
+
+def row_loss(model: Any, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+    """`token_loss` of packed rows, which also tells how much of them is used: the share of positions with a target."""
+    loss, count, metrics = token_loss(model, hidden, labels)
+    return loss, count, {**metrics, "row_fill": (count, torch.tensor(labels.numel()))}

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.dialogs import dialog_sample
@@ -21,7 +20,7 @@ from .dialog import encode_dialog
 from .distribute import DistributedModel, distributed, of_own_positions
 from .held_out import HeldOut, HeldOutConfig
 from .model import Transformer
-from .objective import Metrics, next_token
+from .objective import Metrics, row_loss
 from .row_loader import Encode, Phase, PlannedPhase, RowLoader, plan_phases, with_ramp
 from .rows import TokenBatch
 from .tokenizer import Tokenizer
@@ -106,9 +105,8 @@ def flops_of_rows(model: Transformer, phases: Sequence[PlannedPhase]) -> Callabl
 
 
 def next_token_of_rows(model: Transformer, batch: TokenBatch) -> tuple[Tensor, Tensor, Metrics]:
-    """`next_token`, which also tells how much of the rows is used: the share of positions with a target."""
-    loss, count, metrics = next_token(model, batch)
-    return loss, count, {**metrics, "row_fill": (count, torch.tensor(batch.labels.numel()))}
+    """The objective of rows; see `row_loss`."""
+    return row_loss(model, model.hidden(batch.tokens, documents=batch.documents), batch.labels)
 
 
 def document_encoder(tokenizer: Tokenizer) -> Encode:

@@ -8,7 +8,7 @@ from ..train.pipeline import Handed, Outcome, Pipeline, StageModule
 from ..train.place import Place
 from .context_parallel import own_positions
 from .model import Transformer
-from .objective import token_loss
+from .objective import row_loss
 from .parallel import Stage, stages
 from .rows import TokenBatch
 
@@ -48,11 +48,11 @@ def stage_module(part: Transformer, place: Place) -> StageModule:
 
 
 def pipeline_of(modules: dict[int, StageModule], model: Transformer, place: Place) -> Pipeline:
-    """The next-token objective of `herdkit.text.objective` through the stages."""
+    """The objective of packed rows through the stages."""
     dtype = next(model.parameters()).dtype
 
     def objective(part: Transformer, hidden: Tensor, batch: TokenBatch) -> Outcome:
-        return token_loss(part, hidden, own_positions(batch, place).labels)
+        return row_loss(part, hidden, own_positions(batch, place).labels)
 
     def handed(batch: TokenBatch) -> Handed:
         rows, length = batch.tokens.shape

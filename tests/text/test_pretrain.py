@@ -101,6 +101,10 @@ def test_every_layout_makes_the_same_model_to_the_last_row_of_its_data(recipe, f
     result = json.loads((tmp_path / "shared" / "result.json").read_text())
     assert result["tokens"] == alone["tokens"]
     assert result["parameters"] == alone["parameters"]
+    for name in ("loss", "accuracy"):
+        assert result["mean"][name] == pytest.approx(alone["mean"][name], rel=1e-3)
+    # Rows that make up the last update of a layout are empty.
+    assert 0.9 * alone["mean"]["row_fill"] < result["mean"]["row_fill"] <= alone["mean"]["row_fill"]
     assert result["trained_parameters"] == alone["trained_parameters"]
     assert result["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-4)
     wanted, _ = load_text(tmp_path / "alone" / "model")
