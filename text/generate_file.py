@@ -113,7 +113,9 @@ def generate_file(
     number).
 
     `out` appears when all is done. Until then finished prompts are kept in `out` + `.partial`; the same call goes on
-    from there, at whatever moment it was killed, and gives the same file. A call with other settings is refused.
+    from there, at whatever moment it was killed, and gives the same file: the batches are those of the first call, of
+    which one that was cut short is run again as a whole, since the last digits of a row depend on how many run beside
+    it. A call with other settings is refused; with another `batch_size` it may differ in those digits.
 
     Args:
         options: its `stop_ids` are those of the tokenizer if it has none.
@@ -152,12 +154,14 @@ def generate_file(
     done = journal.read()
     # Like lengths share a batch; the longest come first, so that memory fails early and the time that remains is not
     # underrated.
-    waiting = sorted((p for p in prompts if p.id not in done), key=lambda p: -len(p.tokens))
-    slots = static_slots(len(waiting[0].tokens) + options.max_new_tokens) if step is not None and waiting else None
-    tokens, started = 0, time.monotonic()
+    ordered = sorted(prompts, key=lambda p: -len(p.tokens))
+    slots = None if step is None else static_slots(len(ordered[0].tokens) + options.max_new_tokens)
+    generated, tokens, started = 0, 0, time.monotonic()
     with ProgressLine("prompts", len(prompts), len(done)) as progress:
-        for first in range(0, len(waiting), batch_size):
-            batch = waiting[first : first + batch_size]
+        for first in range(0, len(ordered), batch_size):
+            batch = ordered[first : first + batch_size]
+            if all(prompt.id in done for prompt in batch):
+                continue
             run = batch if step is None else [*batch, *[batch[-1]] * (batch_size - len(batch))]
             completions = generate(
                 model,
@@ -172,10 +176,13 @@ def generate_file(
             )[: len(batch) * samples]
             lines = []
             for i, prompt in enumerate(batch):
+                if prompt.id in done:
+                    continue
                 own = completions[i * samples : (i + 1) * samples]
                 lines.append({"id": prompt.id, "completions": [_entry(c, tokenizer, options) for c in own]})
             journal.append(lines)
             done |= {line["id"]: line for line in lines}
+            generated += len(lines)
             tokens += sum(len(completion.tokens) for completion in completions)
             progress.update(len(done), f"{tokens / (time.monotonic() - started):.0f} tokens/s")
     journal.finish([done[prompt.id] for prompt in prompts])
@@ -183,7 +190,7 @@ def generate_file(
     return {
         "out": str(out),
         "prompts": len(prompts),
-        "generated": len(waiting),
+        "generated": generated,
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1) if tokens else None,

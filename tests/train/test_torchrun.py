@@ -59,10 +59,9 @@ def test_a_killed_process_costs_a_restart(torchrun, finish, tmp_path):
 
 def test_sigterm_ends_all_and_the_next_start_may_have_other_processes(torchrun, finish, tmp_path):
     run = tmp_path / "run"
-    code, told, seconds = torchrun("--max-restarts=2", run_dir=str(run), fault="terminate", at=5)
+    code, told, _ = torchrun("--max-restarts=2", run_dir=str(run), fault="terminate", at=5)
     assert code != 0
     assert "told to terminate; saved at step" in told
-    assert seconds < 30  # torchrun kills who takes longer
     assert events(run)[-1]["reason"] == "told to terminate"
     newest = checkpoint.step_of(latest_complete(run))
     assert 6 <= newest < 12
