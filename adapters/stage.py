@@ -66,8 +66,10 @@ def stored_in_shards(model: ComposedModel, place: Place) -> Iterator[None]:
     whole = model.text
     with distributed(whole, place, ()) as part:
         model.text = part.model
-        yield
-    model.text = whole
+        try:
+            yield
+        finally:
+            model.text = whole
 
 
 def train_on_dialogs(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ def by_trainer(updates: int) -> list[float]:
     torch.manual_seed(0)
     model, place, clock = Transformer(CONFIG), Place(ParallelConfig(shard=2)), Clock()
     distribute(model, place)
-    run_dir = parallel.on_first(lambda: tempfile.mkdtemp())
+    run_dir = Path(parallel.on_first(tempfile.mkdtemp))
     train(
         model,
         clock,
@@ -74,9 +75,10 @@ def by_trainer(updates: int) -> list[float]:
         trainer=TrainerConfig(steps=updates, batch_size=ROWS * place.layout.data),
         optimizer=OptimizerConfig(lr=1e-3),
         schedule=ScheduleConfig(),
-        run_dir=Path(run_dir),
+        run_dir=run_dir,
         place=place,
     )
+    parallel.on_first(lambda: shutil.rmtree(run_dir))
     return clock.updates()
 
 

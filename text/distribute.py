@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..train import parallel
 from ..train.objective import Objective
 from ..train.pipeline import Pipeline
 from ..train.place import Place
@@ -73,7 +72,7 @@ def distributed(model: Transformer, place: Place, row_lengths: Collection[int]) 
     for length in row_lengths:
         require_fits(model.config, place.layout, length)
     if place.replicas_alone:
-        yield DistributedModel(model.to(parallel.device()), place, None)
+        yield DistributedModel(model, place, None)
         return
     with torch.device("meta"):
         own = Transformer(model.config)

@@ -85,6 +85,7 @@ def _on_onednn(x: Tensor, weight: Tensor) -> bool:
         x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.device.type == "cpu"
+        and x.dim() > 1
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and type(x) is Tensor

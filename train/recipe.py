@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from . import parallel
 from .config import FreezeRule, OptimizerConfig, RecipeError, ScheduleConfig, TrainerConfig, as_dict
 from .layout import LayoutError, ParallelConfig
 from .objective import Loader, Objective
@@ -54,7 +55,8 @@ def train_by(
     place: Place | None = None,
     pipeline: Pipeline | None = None,
 ) -> dict[str, Any]:
-    """`train` with everything that the recipe says, which is recorded in the run directory.
+    """`train` with everything that the recipe says, which is recorded in the run directory, on this process's device;
+    the model stays there.
 
     Raises:
         LayoutError: the recipe has a layout of which the stage made nothing.
@@ -62,7 +64,7 @@ def train_by(
     if place is None and recipe.parallel != ParallelConfig():
         raise LayoutError("tensor", f"stage {recipe.stage!r} trains replicas alone; leave 'parallel' out")
     return train(
-        model,
+        model.to(parallel.device()),
         loader,
         objective,
         trainer=recipe.trainer,
