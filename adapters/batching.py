@@ -79,6 +79,7 @@ class DialogCollator:
         row_length: tokens of a row at most; a longer sample is an error that names it.
         turns: see `Turns`.
         packed: several samples share a row where they fit, kept apart by the document mask; else one row each.
+        row_unit: rows are padded to a multiple of it.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class DialogCollator:
         row_length: int = 2048,
         turns: Turns = "conversation",
         packed: bool = False,
+        row_unit: int = 1,
     ):
         self.tokenizer = tokenizer
         self.ports = {port.part: port for port in ports}
         self.row_length = row_length
         self.turns: Turns = turns
         self.packed = packed
+        self.row_unit = row_unit
 
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> Batch:
         """The batch of (position in the run, sample) pairs.
@@ -118,7 +121,9 @@ class DialogCollator:
             rows = [[d for i in row for d in units[i]] for row in pack(lengths, self.row_length)]
         else:
             rows = units
-        return Batch(lay_out(rows, self.tokenizer.pad_id), encoder.inputs(rows))
+        longest = max(sum(len(d.tokens) for d in row) for row in rows)
+        length = -(-longest // self.row_unit) * self.row_unit
+        return Batch(lay_out(rows, self.tokenizer.pad_id, length), encoder.inputs(rows))
 
     def lengths(self, sample: Sample) -> list[int]:
         """The size of each input of a sample, for batches by length; see `herdkit.data.buckets`.

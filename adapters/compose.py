@@ -13,7 +13,7 @@ from ..text.cache import KVCache
 from ..text.model import Transformer
 from ..text.tokenizer import Tokenizer
 from . import chat as chatting
-from .contract import Adapter, Contribution, ModalityBatch, Placements
+from .contract import Adapter, Contribution, InterleavedLayer, ModalityBatch, Placements
 
 
 @dataclass
@@ -115,6 +115,23 @@ class ComposedModel(nn.Module):
         cache = KVCache(self.text.config, batch, max_len, dtype=dtype or weight.dtype, device=weight.device)
         return ComposedCache(cache)
 
+    def columns(self, length: int, device: torch.device) -> Tensor:
+        """Where the positions that are run stand in their row, ascending, for rows of `length` tokens: (T,) int64."""
+        return torch.arange(length, device=device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 to (B, T, D), before anything is put in place of placeholders."""
+        return self.text.embed(tokens)
+
+    def contribution(self, modality: str, batch: ModalityBatch) -> Contribution:
+        """What an adapter gives for its inputs."""
+        adapter: Adapter = getattr(self, modality)
+        return adapter(batch.tensors, **{other: getattr(self, other) for other in adapter.requires})
+
+    def interleaved(self, modality: str) -> Mapping[int, InterleavedLayer]:
+        """The layers of a modality by the number, in `text.layers`, of the layer that each runs before."""
+        return self.adapters[modality].interleaved()
+
     def forward(self, tokens: Tensor, inputs: Mapping[str, ModalityBatch] | None = None, **options) -> Tensor:
         """Logits (B, T, V); arguments as in `hidden`."""
         return self.text.unembed(self.hidden(tokens, inputs, **options))
@@ -124,6 +141,7 @@ class ComposedModel(nn.Module):
         tokens: Tensor,
         inputs: Mapping[str, ModalityBatch] | None = None,
         *,
+        embeddings: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: ComposedCache | None = None,
@@ -134,6 +152,7 @@ class ComposedModel(nn.Module):
         Args:
             tokens: (B, T) int64, with placeholder tokens where inputs stand.
             inputs: by modality; a modality without inputs is absent.
+            embeddings: (B, T, D), in place of those of tokens and soft tokens.
             positions, documents: as in `Transformer.hidden`.
             cache: from `make_cache`, or around the `KVCache` of a decoding loop. The inputs come with the
                 first call; later calls see them through the cache.
@@ -145,27 +164,25 @@ class ComposedModel(nn.Module):
         """
         if unknown := set(inputs or {}) - set(self.modalities):
             raise ValueError(f"inputs of {sorted(unknown)}, but the model has {self.modalities or 'no adapters'}")
-        text_cache = cache.text if cache else None
-        B, T = tokens.shape
-        columns = torch.arange(T, device=tokens.device).expand(B, T)
-        if cache and positions is not None:
-            columns = positions
-
-        embeddings = self.text.embed(tokens)
+        rows = tokens.shape[0]
+        columns = self.columns(tokens.shape[1], tokens.device)
+        begins = embeddings is None
+        if embeddings is None:
+            embeddings = self.embed(tokens)
         memories = cache.memories if cache else []
         for name, batch in (inputs or {}).items():
-            adapter: Adapter = getattr(self, name)
-            given = (contributions or {}).get(name)
-            if given is None:
-                given = adapter(batch.tensors, **{other: getattr(self, other) for other in adapter.requires})
-            if given.soft_tokens is not None:
-                embeddings = place_soft_tokens(embeddings, given.soft_tokens, batch.placements)
+            given = (contributions or {}).get(name) or self.contribution(name, batch)
+            if begins and given.soft_tokens is not None:
+                embeddings = place_soft_tokens(embeddings, given.soft_tokens, batch.placements, columns)
             if given.memory is not None:
-                memories.append(gather_memory(adapter, given, batch.placements, B))
+                layers = self.interleaved(name)
+                memories.append(gather_memory(name, layers, given, batch.placements, rows))
 
-        arguments: dict[str, Any] = {"positions": positions, "documents": documents, "cache": text_cache}
+        arguments: dict[str, Any] = {"positions": positions, "documents": documents}
+        arguments["cache"] = cache.text if cache else None
         if memories:
-            arguments["before_layer"] = self._interleave(memories, columns)
+            seeing = columns.expand(rows, -1) if cache is None or positions is None else positions
+            arguments["before_layer"] = self._interleave(memories, seeing)
         return self.text.hidden(embeddings=embeddings, **arguments)
 
     def _interleave(self, memories: list[RowMemory], columns: Tensor):
@@ -175,7 +192,7 @@ class ComposedModel(nn.Module):
             mask = memory.mask(columns)
             seen = mask.any(-1, keepdim=True)
             mask = (mask | ~seen)[:, None]
-            for i, layer in self.adapters[memory.modality].interleaved().items():
+            for i, layer in self.interleaved(memory.modality).items():
                 steps.setdefault(i, []).append((layer, *memory.layers[i], mask, seen))
 
         def before_layer(i: int, hidden: Tensor) -> Tensor:
@@ -242,8 +259,11 @@ def compose(text: Transformer, tokenizer: Tokenizer | None = None, **adapters: A
     return model
 
 
-def place_soft_tokens(embeddings: Tensor, soft: Tensor, where: Placements) -> Tensor:
+def place_soft_tokens(embeddings: Tensor, soft: Tensor, where: Placements, columns: Tensor) -> Tensor:
     """Puts the soft tokens (N, S, D) of each input over its placeholder positions in (B, T, D).
+
+    Args:
+        columns: (T,) int64, ascending: where the embeddings stand in their rows.
 
     Raises:
         ValueError: an input takes more positions than the adapter gave soft tokens.
@@ -255,12 +275,18 @@ def place_soft_tokens(embeddings: Tensor, soft: Tensor, where: Placements) -> Te
         )
     offset = torch.arange(soft.shape[1], device=soft.device)
     placement, offset = (offset < where.length[:, None]).nonzero(as_tuple=True)
-    row, column = where.row[placement], where.start[placement] + offset
-    return embeddings.index_put((row, column), soft[where.input[placement], offset].to(embeddings.dtype))
+    column = where.start[placement] + offset
+    at = torch.searchsorted(columns, column).clamp(max=len(columns) - 1)
+    own = columns[at] == column
+    placement, offset, at = placement[own], offset[own], at[own]
+    return embeddings.index_put((where.row[placement], at), soft[where.input[placement], offset].to(embeddings.dtype))
 
 
-def gather_memory(adapter: Adapter, given: Contribution, where: Placements, rows: int) -> RowMemory:
-    """Projects the memory of N inputs to keys and values, once each, and lays them out by row."""
+def gather_memory(
+    modality: str, reading: Mapping[int, InterleavedLayer], given: Contribution, where: Placements, rows: int
+) -> RowMemory:
+    """Projects the memory of N inputs to keys and values for the layers that read it, once each, and lays them out by
+    row."""
     assert given.memory is not None
     # Many layers read the memory: in float32 their gradients add up in float32 (section 3.3.2).
     memory = given.memory.float() if given.memory.dtype in (torch.bfloat16, torch.float16) else given.memory
@@ -283,8 +309,8 @@ def gather_memory(adapter: Adapter, given: Contribution, where: Placements, rows
         return x[table].transpose(1, 2).reshape(rows, H, K * M, Dh)
 
     layers = {}
-    for i, layer in adapter.interleaved().items():
+    for i, layer in reading.items():
         keys, values = layer.keys_values(memory)
         layers[i] = (by_row(keys), by_row(values))
     entries = valid[table] & present[..., None]
-    return RowMemory(adapter.modality, layers, entries, where, pair_slot[pair])
+    return RowMemory(modality, layers, entries, where, pair_slot[pair])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +10,14 @@ from typing import Any, Literal
 import torch
 
 from ..data.sources import DataConfig, open_loader
-from ..text.distribute import distributed
+from ..text.parallel import row_unit
 from ..train.objective import Objective
 from ..train.parallel import rank
 from ..train.place import Place
 from ..train.recipe import StageRecipe, train_by
 from .batching import DialogCollator, Port
 from .compose import ComposedModel
+from .distribute import distributed_composition
 from .model_directory import attach_adapters, load, save
 from .objective import next_token
 
@@ -59,19 +59,6 @@ def initial_model(recipe: AdapterRecipe) -> ComposedModel:
     return model
 
 
-@contextmanager
-def stored_in_shards(model: ComposedModel, place: Place) -> Iterator[None]:
-    """Meanwhile the language model is stored in shards over processes; the adapters, which a batch may have no input
-    for, every process has whole."""
-    whole = model.text
-    with distributed(whole, place, ()) as part:
-        model.text = part.model
-        try:
-            yield
-        finally:
-            model.text = whole
-
-
 def train_on_dialogs(
     recipe: AdapterRecipe,
     model: ComposedModel,
@@ -88,15 +75,20 @@ def train_on_dialogs(
 
     Raises:
         ValueError: the model has no tokenizer.
-        LayoutError: `recipe.parallel` shares more than storage.
+        LayoutError: `recipe.parallel` does not divide the processes, the language model or the rows, or shares more
+            than storage where the objective is not `next_token`.
     """
     if model.tokenizer is None:
         raise ValueError(f"{recipe.init}: the model has no tokenizer")
     place = Place(recipe.parallel)
-    place.require_storage_alone(f"stage {recipe.stage!r}")
+    if objective is not next_token:
+        place.require_storage_alone(f"stage {recipe.stage!r}")
     data = recipe.data
     ports = [Port.of(adapter) for adapter in model.adapters.values()]
-    collate = collator(model.tokenizer, ports, row_length=data.row_length, turns=data.turns, packed=data.packed)
+    unit = row_unit(place.layout)
+    collate = collator(
+        model.tokenizer, ports, row_length=data.row_length, turns=data.turns, packed=data.packed, row_unit=unit
+    )
     batch_size = recipe.trainer.micro_batch_size(place.layout.data)
     loader = open_loader(
         data,
@@ -107,8 +99,9 @@ def train_on_dialogs(
         lengths=collate.lengths,
         drop_last=not place.replicas_alone,  # every process has to run the layers that it stores a part of
     )
-    with stored_in_shards(model, place):
-        result = train_by(recipe, model, loader, objective, run_dir, place=place)
+    with distributed_composition(model, place, data.row_length) as part:
+        objective = part.objective(objective)
+        result = train_by(recipe, part.model, loader, objective, run_dir, place=place, pipeline=part.pipeline)
     if rank() == 0:
         save(model, run_dir / "model")
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +58,38 @@ class DistributedModel:
         return values
 
 
+def distribute(model: Transformer, place: Place) -> Pipeline | None:
+    """Changes a model in place into this process's part of it; see `distributed`.
+
+    Returns: where layers are on several processes, the pipeline that runs them; the model is then only there for its
+        parameters.
+
+    Raises:
+        LayoutError: there are more stages than layers, or tied embeddings on two of them.
+    """
+    if place.layout.pipeline == 1:
+        divide(model, model, place)
+        return None
+    parts = cut(model, place)
+    modules = {i: stage_module(part, place) for i, part in parts.items()}
+    for i, part in parts.items():
+        divide(part, modules[i], place)
+    return pipeline_of(modules, model, place)
+
+
 @contextmanager
-def distributed(model: Transformer, place: Place, row_lengths: Collection[int]) -> Iterator[DistributedModel]:
+def distributed(
+    model: Transformer,
+    place: Place,
+    row_lengths: Collection[int],
+    share: Callable[[Transformer, Place], Pipeline | None] = distribute,
+) -> Iterator[DistributedModel]:
     """Shares a model out among the processes of a layout, each of which has it whole and with the same weights.
     Afterwards each has it whole again, with the weights as they have become; meanwhile it keeps those from before.
 
     Args:
         row_lengths: of all rows that it will train on.
+        share: what changes the model into this process's part of it; see `distribute`.
 
     Raises:
         LayoutError: the layout does not divide the model or the rows; says with which numbers.
@@ -79,32 +104,14 @@ def distributed(model: Transformer, place: Place, row_lengths: Collection[int]) 
     own.load_state_dict(model.state_dict(), assign=True)
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    yield DistributedModel(own, place, distribute(own, place))
+    yield DistributedModel(own, place, share(own, place))
     for name, tensor in whole_tensors(own, place):
         model.get_parameter(name).data.copy_(tensor)
 
 
-def distribute(model: Transformer, place: Place) -> Pipeline | None:
-    """Changes a model in place into this process's part of it; see `distributed`.
+def divide(model: Transformer, root: nn.Module, place: Place) -> None:
+    """Shares out the tensors of a model, or of a stage of a pipeline, in place.
 
-    Returns: where layers are on several processes, the pipeline that runs them; the model is then only there for its
-        parameters.
-
-    Raises:
-        LayoutError: there are more stages than layers, or tied embeddings on two of them.
-    """
-    if place.layout.pipeline == 1:
-        _divide(model, model, place)
-        return None
-    parts = cut(model, place)
-    modules = {i: stage_module(part, place) for i, part in parts.items()}
-    for i, part in parts.items():
-        _divide(part, modules[i], place)
-    return pipeline_of(modules, model, place)
-
-
-def _divide(model: Transformer, root: nn.Module, place: Place) -> None:
-    """
     Args:
         root: what is called as a whole, the model or what contains it.
     """

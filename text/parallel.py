@@ -129,6 +129,12 @@ def layer_weights(config: TransformerConfig) -> dict[str, Weight]:
     }
 
 
+def row_unit(layout: Layout) -> int:
+    """Of what the length of rows must be a multiple: `context` takes two chunks of a row each, and `tensor` divides
+    what a process has of it."""
+    return math.lcm(2 * layout.context if layout.context > 1 else 1, layout.tensor * layout.context)
+
+
 def require_fits(config: TransformerConfig, layout: Layout, row_length: int) -> None:
     """
     Raises:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..data.packing import pack
 
 IGNORE = -100
 """The label of a position that is no target, as in `torch.nn.functional.cross_entropy`."""
+
+PADDING = -1
+"""The document of what `even_rows` adds."""
 
 
 @dataclass
@@ -93,3 +97,20 @@ def lay_out(rows: Sequence[Sequence[Document]], pad_id: int, length: int | None 
         documents[i, at:] = len(row)
     packed = any(len(row) > 1 for row in rows)
     return TokenBatch(tokens, labels, documents if packed else None)
+
+
+def even_rows(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """The same batches, padded to as many rows of as many positions each as the largest among them."""
+    rows, length = (max(batch.tokens.shape[i] for batch in batches) for i in (0, 1))
+
+    def padded(x: Tensor, value: int) -> Tensor:
+        return F.pad(x, (0, length - x.shape[1], 0, rows - x.shape[0]), value=value)
+
+    return [
+        TokenBatch(
+            padded(batch.tokens, 0),
+            padded(batch.labels, IGNORE),
+            None if batch.documents is None else padded(batch.documents, PADDING),
+        )
+        for batch in batches
+    ]

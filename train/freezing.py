@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -82,12 +82,17 @@ def ever_trained(model: nn.Module, rules: Sequence[FreezeRule]) -> list[str]:
     return [name for name in plans[0] if any(trained[name] for trained in plans)]
 
 
-def apply_freeze(model: nn.Module, rules: Sequence[FreezeRule], step: int) -> list[FreezeRow]:
+def apply_freeze(
+    model: nn.Module, rules: Sequence[FreezeRule], step: int, elsewhere: Collection[str] = ()
+) -> list[FreezeRow]:
     """Sets requires_grad, and train or eval mode, for an update.
 
     A module goes to eval mode when it has parameters, its own or its descendants', and all of them are
     frozen; a module without parameters (dropout) goes with the module around it. Gradients of frozen
     parameters are dropped.
+
+    Args:
+        elsewhere: parameters that count for another process.
 
     Raises:
         ValueError: a rule matches no parameter.
@@ -98,6 +103,8 @@ def apply_freeze(model: nn.Module, rules: Sequence[FreezeRule], step: int) -> li
         parameter.requires_grad_(trained[name])
         if not trained[name]:
             parameter.grad = None
+        if name in elsewhere:
+            continue
         row = parts.setdefault(name.partition(".")[0], [0, 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() if trained[name] else 0

@@ -13,21 +13,27 @@ from torch.distributed.tensor import DTensor
 from . import parallel
 from .parallel import local
 from .place import Place
+from .stage_copies import StageCopies
 
 
-def summed_gradients(parameters: Sequence[tuple[str, Tensor]], place: Place) -> dict[str, Tensor]:
+def summed_gradients(
+    parameters: Sequence[tuple[str, Tensor]], place: Place, copies: StageCopies
+) -> dict[str, Tensor]:
     """This process's part of every gradient, by name, summed over the batch of all processes; in the memory of
     `parameter.grad`. Parameters that nobody touched are left out. All processes call it."""
     for _, p in parameters:
         if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
-    # What is stored in shards was summed in the backward pass.
-    whole = [p for _, p in parameters if place.storage is None or not isinstance(p, DTensor)]
-    parallel.sum_gradients(whole, place.group("data"))
+    if place.storage is None:  # what is stored in shards was summed in the backward pass
+        parallel.sum_gradients([p for _, p in parameters if isinstance(p, DTensor)], place.group("data"))
+    parallel.sum_gradients([p for _, p in parameters if not isinstance(p, DTensor)], place.group("positions"))
+    copies.sum_gradients(parameters)
     return {name: local(p.grad) for name, p in parameters if p.grad is not None}
 
 
-def gradient_norm(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], place: Place) -> Tensor:
+def gradient_norm(
+    parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], place: Place, copies: StageCopies
+) -> Tensor:
     """The norm of the whole gradient, from this process's part of it. All processes call it.
 
     Args:
@@ -41,14 +47,14 @@ def gradient_norm(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tens
     norms = torch._foreach_norm([gradients[name] for name in names])  # pyright: ignore[reportPrivateImportUsage]
     square = torch.zeros((), dtype=torch.float64, device=parallel.device())
     for name, norm in zip(names, norms, strict=True):
-        square += norm.double().square() / _copies(parameters[name], place)
+        square += norm.double().square() / _holders(parameters[name], place, copies.number(name))
     found = parallel.sum_all(square).sqrt()
     return found.to(norms[0].dtype if norms else torch.float32)
 
 
-def _copies(parameter: Tensor, place: Place) -> float:
-    """How many processes have the same part of a parameter."""
-    parts = place.layout.pipeline
+def _holders(parameter: Tensor, place: Place, stages: int) -> float:
+    """How many processes have the same part of a parameter that so many processes of the pipeline have."""
+    parts = place.layout.pipeline / stages
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
         parts *= math.prod(mesh.size(i) for i, where in enumerate(parameter.placements) if not where.is_replicate())

@@ -43,6 +43,8 @@ def build_optimizer(model: nn.Module, trained: Sequence[str], config: OptimizerC
         # One fused step takes tensors of one mesh.
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((scale, decay, mesh), []).append(parameter)
+    if not groups:  # what this stage of a pipeline has is frozen
+        groups[1.0, 0.0, None] = []
     return torch.optim.AdamW(
         [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay, _), params in groups.items()],
         lr=config.lr,

@@ -40,7 +40,9 @@ class StageModule(nn.Module):
         # The schedule hands on one tensor; the rest of a micro-batch is there on every process, under its number.
         batch = self.micro_batches[int(number)]
         with self.precision:
-            return self.run(self.part, None if x.dtype == torch.int64 else x, batch)
+            given = self.run(self.part, None if x.dtype == torch.int64 else x, batch)
+        # Torch's backward pass of a stage wants something to go back through, in a stage that is frozen, too.
+        return given if given.requires_grad or not torch.is_grad_enabled() else given.requires_grad_()
 
 
 class Handed(NamedTuple):
@@ -59,6 +61,7 @@ class Pipeline:
         objective: called as `objective(part, x, batch)` with the last stage's part and what it gave; gives what an
             `Objective` gives.
         handed: called as `handed(batch)`; the same for all micro-batches of an update.
+        alike: makes it so, of the micro-batches of an update; by default they are alike.
     """
 
     def __init__(
@@ -67,8 +70,9 @@ class Pipeline:
         stages: dict[int, StageModule],
         objective: Callable[[Any, Tensor, Any], Outcome],
         handed: Callable[[Any], Handed],
+        alike: Callable[[list[Any]], list[Any]] = lambda batches: batches,
     ):
-        self.place, self.stages, self.objective, self.handed = place, stages, objective, handed
+        self.place, self.stages, self.objective, self.handed, self.alike = place, stages, objective, handed, alike
         self._schedules: dict[tuple[int, Handed], _Schedule] = {}
         self._outcomes: list[Outcome] = []
 
@@ -82,7 +86,7 @@ class Pipeline:
 
         Returns: in the process with the last stage what the objective gave for each, in the others nothing.
         """
-        micro_batches = [move(batch, device) for batch in batches]
+        micro_batches = self.alike([move(batch, device) for batch in batches])
         self._outcomes = []
         if not micro_batches:
             return []

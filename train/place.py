@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import parallel
 from .layout import Coordinates, Layout, LayoutError, ParallelConfig, lay_out
 
-Dimension = Literal["tensor", "context", "pipeline", "replicate", "data"]
+Dimension = Literal["tensor", "context", "pipeline", "replicate", "data", "positions", "row"]
 
 
 class Place:
@@ -34,8 +34,10 @@ class Place:
         self.at: Coordinates = self.layout.coordinates(parallel.rank())
         self._mesh: DeviceMesh | None = None
         if self.layout.processes > self.layout.replicate:
-            self._mesh, self._context = _make_meshes(self.layout)
-            self._data = self._mesh["replicate", "storage"]._flatten("data")
+            self._mesh, self._rows = _make_meshes(self.layout)
+            flat = {"data": ("replicate", "storage"), "positions": ("replicate", "storage", "tensor")}
+            self._flat = {name: self._mesh[dimensions]._flatten(name) for name, dimensions in flat.items()}
+            self._flat["row"] = self._rows["context", "tensor"]._flatten("row")
 
     @property
     def data(self) -> int:
@@ -83,22 +85,26 @@ class Place:
 
     def group(self, dimension: Dimension) -> dist.ProcessGroup | None:
         """The processes along one dimension; None, for all there are, where they are replicas of each other alone.
-        "data" is all that have positions of their own: replicas, and those that share storage."""
+
+        "data" is all that have rows or chunks of rows of their own: replicas, and those that share storage. "positions"
+        is these and `tensor`, between which positions are divided where matrices are not. "row" is those that share
+        rows: `context` and `tensor`.
+        """
         if self._mesh is None:
             return None
-        if dimension == "data":
-            return self._data.get_group()
-        return self._context.get_group("context") if dimension == "context" else self._mesh.get_group(dimension)
+        if dimension in self._flat:
+            return self._flat[dimension].get_group()
+        return self._rows.get_group("context") if dimension == "context" else self._mesh.get_group(dimension)
 
 
 def _make_meshes(layout: Layout) -> tuple[DeviceMesh, DeviceMesh]:
-    """The processes by pipeline, replicate, storage and tensor, and by what they share besides rows and by context.
+    """The processes by pipeline, replicate, storage and tensor, and those that share rows by context and tensor.
     Ranks are those of `Layout.coordinates`."""
     device, ranks = parallel.device().type, torch.arange(layout.processes).view(tuple(reversed(layout.degrees)))
     replicate, shard, pipeline, context, tensor = range(5)
     stored = ranks.permute(pipeline, replicate, shard, context, tensor).flatten(2, 3)
-    rows = ranks.movedim(context, -1).flatten(0, -2)
+    rows = ranks.flatten(0, 2)
     return (
         DeviceMesh(device, stored, mesh_dim_names=("pipeline", "replicate", "storage", "tensor")),
-        DeviceMesh(device, rows, mesh_dim_names=("others", "context")),
+        DeviceMesh(device, rows, mesh_dim_names=("others", "context", "tensor")),
     )

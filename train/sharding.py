@@ -47,9 +47,13 @@ def whole_tensors(model: nn.Module, place: Place) -> Iterator[tuple[str, Tensor]
     """The parameters of all stages, whole, one after another, on every process. All processes go through them."""
     own = dict(model.named_parameters())
     names = parallel.gather(list(own))
+    given: set[str] = set()
     for process in place.layout.peers(0, "pipeline"):
         stage = place.layout.coordinates(process).pipeline
         for name in names[process]:
+            if name in given:  # a copy of what an earlier stage has
+                continue
+            given.add(name)
             tensor = None
             if place.at.pipeline == stage:
                 tensor = parallel.whole(own[name].detach())

@@ -43,6 +43,7 @@ from .replicas import replicated_state, require_equal
 from .run_directory import RunDirectoryError, open_run, read_result
 from .saving import CheckpointWriter
 from .schedule import fraction
+from .stage_copies import StageCopies
 from .state import (
     capture,
     capture_random,
@@ -175,6 +176,7 @@ class _Run:
         self.recipe |= {"freeze": [as_dict(rule) for rule in self.freeze], **self.resolved_recipe}
         self.recipe["trainer"] = as_dict(self.config)  # what is done, where "auto" was asked for
 
+        self.copies = StageCopies((name for name, _ in self.model.named_parameters()), self.place)
         self.trained = ever_trained(self.model, self.freeze)
         if not any(parallel.gather(self.trained)):
             raise ValueError("nothing to train: every parameter is frozen")
@@ -230,7 +232,7 @@ class _Run:
             self.progress.say(f"{self.description}: resuming at step {self.step} from {path}")
 
     def _apply_freeze(self) -> None:
-        rows = apply_freeze(self.model, self.freeze, self.step)
+        rows = apply_freeze(self.model, self.freeze, self.step, self.copies.elsewhere)
         self.rows = of_all_stages(rows, self.place) if self.pipeline else rows
         self.parameters = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.progress.say(freeze_table(self.rows, f"{self.description}: what trains from step {self.step} on"))
@@ -322,11 +324,11 @@ class _Run:
         self.watchdog.note(self.step, "sum of gradients")
         with self.meters.gradient_sum.measured():
             loss_sum, targets, stopping, profiling = parallel.sum_all(totals).tolist()
-            gradients = summed_gradients(self.parameters, self.place)
+            gradients = summed_gradients(self.parameters, self.place, self.copies)
         self.profiling.agreed = profiling > 0
         if gradients:
             torch._foreach_div_(list(gradients.values()), targets or 1.0)  # pyright: ignore[reportPrivateImportUsage]
-        norm = gradient_norm(dict(self.parameters), gradients, self.place)
+        norm = gradient_norm(dict(self.parameters), gradients, self.place, self.copies)
         self.lr = self.optimizer_config.lr * fraction(self.schedule, self.step, self.config.steps)
         self.norm = norm.item()
         self.guard.last_good = self.writer.last_good
@@ -434,5 +436,5 @@ class _Run:
 
     def _ever_trained_parameters(self) -> int:
         counts = {name: p.numel() for name, p in self.model.named_parameters()}
-        own = sum(counts[name] for name in self.trained)
+        own = sum(counts[name] for name in self.trained if name not in self.copies.elsewhere)
         return sum(parallel.gather(own, self.place.group("pipeline"))) if self.pipeline else own

@@ -1,0 +1,209 @@
+"""A composed model on the processes of a layout (sections 3.3.2 and 7.3).
+
+The language model is shared out as by itself. Adapters every process has whole: it runs their layers for the positions
+that it has, and their encoders for its share of the inputs of its rows. In a pipeline each stage has the interleaved
+layers that run before its own, and runs the encoders that these read from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
+from torch.nn import functional as F
+
+from ..text.context_parallel import own_chunks, own_positions
+from ..text.distribute import distribute, distributed, divide
+from ..text.model import Transformer
+from ..text.objective import token_loss
+from ..text.parallel import Stage, stages
+from ..text.rows import even_rows
+from ..text.stages import cut
+from ..train.objective import Objective, Outcome
+from ..train.pipeline import Handed, Pipeline, StageModule
+from ..train.place import Place
+from ..train.sharding import whole_tensors
+from .batching import Batch
+from .compose import ComposedModel
+from .contract import Contribution, InterleavedLayer, ModalityBatch
+from .objective import next_token
+
+
+@dataclass
+class DistributedComposition:
+    """This process's part of a composed model.
+
+    Args:
+        model: its parameters; where there is no pipeline, what runs.
+        pipeline: where layers are on several processes, what runs them with `next_token`.
+    """
+
+    model: ComposedModel
+    pipeline: Pipeline | None
+
+    def objective(self, objective: Objective) -> Objective:
+        """`next_token` for the positions that this process has of a batch of whole rows; others as they are, which is
+        right where processes share the storage of weights alone."""
+        return _of_own_positions if objective is next_token else objective
+
+
+@contextmanager
+def distributed_composition(model: ComposedModel, place: Place, row_length: int) -> Iterator[DistributedComposition]:
+    """Shares a composed model out among the processes of a layout, each of which has it whole and with the same
+    weights. Afterwards each has it whole again, with the weights as they have become.
+
+    Args:
+        row_length: of the longest rows; others are multiples of `herdkit.text.parallel.row_unit`.
+
+    Raises:
+        LayoutError: the layout does not divide the language model or the rows; says with which numbers.
+    """
+    if place.replicas_alone:
+        yield DistributedComposition(model, None)
+        return
+    parts: list[ComposedModel] = []
+
+    def share(text: Transformer, place: Place) -> Pipeline | None:
+        parts.append(ComposedPart(model, text, place))
+        return distribute(text, place) if place.layout.pipeline == 1 else _pipeline_of(model, text, place)
+
+    whole = dict(model.named_parameters())
+    with ExitStack() as restored:
+        if place.layout.pipeline > 1:
+            restored.enter_context(_layers_of_own_stages(model, place))
+        with distributed(model.text, place, [row_length], share) as text:
+            yield DistributedComposition(parts[0], text.pipeline)
+        if place.layout.pipeline > 1:
+            for name, tensor in whole_tensors(nn.ModuleDict(model.adapters), place):
+                whole[name].data.copy_(tensor)
+
+
+class ComposedPart(ComposedModel):
+    """What one process has of a composed model, or, in a pipeline, of one of its stages.
+
+    Args:
+        model: the whole one, for its adapters.
+        text: this process's part of the language model.
+        stage: of a pipeline.
+    """
+
+    def __init__(self, model: ComposedModel, text: Transformer, place: Place, stage: Stage | None = None):
+        super().__init__(text, model.tokenizer)
+        self.place, self.stage = place, stage
+        for name, adapter in model.adapters.items():
+            self.add_module(name, adapter)
+            self.modalities.append(name)
+
+    def columns(self, length: int, device: torch.device) -> Tensor:
+        layout, at = self.place.layout, self.place.at
+        own = own_chunks(torch.arange(length * layout.context, device=device)[None], self.place)[0]
+        return own.chunk(layout.tensor)[at.tensor]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embeddings = super().embed(tokens)
+        # The backward pass gathers what is stored in shards: it has to reach every layer on every process, whatever is
+        # frozen and wherever inputs stand.
+        return embeddings.requires_grad_() if torch.is_grad_enabled() else embeddings
+
+    def contribution(self, modality: str, batch: ModalityBatch) -> Contribution:
+        group = self.place.group("row")
+        processes = dist.get_world_size(group)
+        if processes == 1:
+            return super().contribution(modality, batch)
+        count = len(next(iter(batch.tensors.values())))
+        share = -(-count // processes)
+        first = dist.get_rank(group) * share
+        # Where the inputs do not come out even, the last one is encoded more than once, and used once.
+        own = torch.arange(first, first + share).clamp(max=count - 1)
+        tensors = {name: tensor[own.to(tensor.device)] for name, tensor in batch.tensors.items()}
+        given = super().contribution(modality, dataclasses.replace(batch, tensors=tensors))
+        return _gathered(given, group, count)
+
+    def interleaved(self, modality: str) -> Mapping[int, InterleavedLayer]:
+        layers = super().interleaved(modality)
+        if self.stage is None:
+            return layers
+        return {i - self.stage.layers.start: layer for i, layer in layers.items() if i in self.stage.layers}
+
+
+def _of_own_positions(model: ComposedModel, batch: Batch) -> Outcome:
+    if isinstance(model, ComposedPart):
+        batch = dataclasses.replace(batch, rows=own_positions(batch.rows, model.place))
+    return next_token(model, batch)
+
+
+def _gathered(own: Contribution, group: dist.ProcessGroup | None, count: int) -> Contribution:
+    """The contributions of all processes of a group as one, for so many inputs."""
+    soft, memory, mask = own.soft_tokens, own.memory, own.memory_mask
+    if soft is not None:
+        soft = all_gather_tensor_autograd(_as_long_as_others(soft, group), 0, group)[:count]
+    if memory is not None:
+        if mask is None:
+            mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
+        # As bytes: not every library of collectives takes truth values.
+        mask = all_gather_tensor(_as_long_as_others(mask.to(torch.uint8), group), 0, group)[:count].bool()
+        memory = all_gather_tensor_autograd(_as_long_as_others(memory, group), 0, group)[:count]
+    return Contribution(soft, memory, mask)
+
+
+def _as_long_as_others(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(n, L, ...) padded with zeros to the greatest L of the group."""
+    length = torch.tensor(x.shape[1], device=x.device)
+    dist.all_reduce(length, op=dist.ReduceOp.MAX, group=group)
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, int(length) - x.shape[1])).contiguous()
+
+
+def _pipeline_of(model: ComposedModel, text: Transformer, place: Place) -> Pipeline:
+    everything, modules = stages(text.config, place.config), {}
+    for i, part in cut(text, place).items():
+        divide(part, part, place)
+        modules[i] = StageModule(ComposedPart(model, part, place, everything[i]), _run)
+    dtype = next(text.parameters()).dtype
+
+    def objective(part: ComposedPart, hidden: Tensor, batch: Batch) -> Outcome:
+        return token_loss(part.text, hidden, own_positions(batch.rows, place).labels)
+
+    def handed(batch: Batch) -> Handed:
+        rows, length = batch.tokens.shape
+        own = length // place.layout.context
+        return Handed((rows, own // place.layout.tensor, text.config.dim), (rows, own, text.config.dim), dtype)
+
+    def alike(batches: list[Batch]) -> list[Batch]:
+        rows = even_rows([batch.rows for batch in batches])
+        return [dataclasses.replace(batch, rows=own) for batch, own in zip(batches, rows, strict=True)]
+
+    return Pipeline(place, modules, objective, handed, alike)
+
+
+def _run(part: ComposedPart, x: Tensor | None, batch: Batch) -> Tensor:
+    rows = own_positions(batch.rows, part.place)
+    wanted = {name: inputs for name, inputs in batch.inputs.items() if x is None or part.interleaved(name)}
+    return part.hidden(rows.tokens, wanted, embeddings=x, documents=rows.documents)
+
+
+@contextmanager
+def _layers_of_own_stages(model: ComposedModel, place: Place) -> Iterator[None]:
+    """Meanwhile adapters are without the interleaved layers of other processes of the pipeline."""
+    everything = stages(model.text.config, place.config)
+    own = {i for stage in everything[place.at.pipeline :: place.config.pipeline] for i in stage.layers}
+    with ExitStack() as restored:
+        for adapter in model.adapters.values():
+            layers = adapter.interleaved()
+            kept = {i: layer for i, layer in layers.items() if i in own}
+            dropped = [layer for i, layer in layers.items() if i not in own]
+            for parent in list(adapter.modules()):
+                restored.callback(setattr, parent, "_modules", parent._modules)
+                parent._modules = {name: m for name, m in parent._modules.items() if not _is_one_of(m, dropped)}
+            adapter.interleaved = lambda kept=kept: kept  # type: ignore[method-assign]
+            restored.callback(vars(adapter).pop, "interleaved")
+        yield
+
+
+def _is_one_of(module: nn.Module | None, modules: list) -> bool:
+    return any(module is other for other in modules)

@@ -1,0 +1,74 @@
+"""On every layout a composed model trains as in one process, whether or not a process has inputs."""
+
+import runpy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("layouts.py")
+TWO = {
+    "replicas": {},
+    "shards": {"shard": 2, "reshard": True},
+    "tensor": {"tensor": 2},
+    "context": {"context": 2},
+    "pipeline": {"pipeline": 2},
+    "interleaved": {"pipeline": 2, "schedule": "interleaved", "chunks": 2},
+}
+FOUR = {
+    "replicated-shards": {"shard": 2},
+    "tensor-context": {"tensor": 2, "context": 2},
+    "context-shards": {"context": 2, "shard": 2},
+    "pipeline-tensor": {"pipeline": 2, "tensor": 2, "recompute": "full"},
+    "pipeline-context": {"pipeline": 2, "context": 2},
+    "pipeline-shards": {"pipeline": 2, "shard": 2},
+    "pipeline-replicas": {"pipeline": 2},
+}
+FROZEN = {"shards", "pipeline", "tensor"}
+"""Layouts that are trained with a frozen language model, too, as adapters are in the paper."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process finds with these options."""
+    program = runpy.run_path(str(PROGRAM))
+
+    @cache
+    def find(**options):
+        return program["run"](tmp_path_factory.mktemp("alone"), {}, **options)
+
+    return find
+
+
+@pytest.mark.parametrize(("processes", "layouts"), [(2, TWO), (4, FOUR)])
+def test_trains_as_one_process_does(finish_program, tmp_path, alone, processes, layouts):
+    runs = {name: {"layout": layout, "accumulate": 2} for name, layout in layouts.items()}
+    runs |= {f"{name}-frozen": {**runs[name], "freeze": ("text.*",)} for name in FROZEN & layouts.keys()}
+    arguments = {"runs": runs, "run_dir": str(tmp_path / "runs"), "out": str(tmp_path / "out")}
+    assert finish_program(PROGRAM, processes, **arguments) == [0] * processes
+    found = [torch.load(f"{tmp_path}/out.{rank}", weights_only=True) for rank in range(processes)]
+    for name, options in runs.items():
+        wanted = alone(**{key: value for key, value in options.items() if key != "layout"})
+        require_equal([one[name] for one in found], wanted, name)
+
+
+def require_equal(found, wanted, name):
+    for one in found:
+        for key in ("tokens", "parameters", "trained_parameters"):
+            assert one[key] == wanted[key], (name, key)
+        for key in ("loss", "accuracy", "grad_norm"):
+            assert one["last"][key] == pytest.approx(wanted["last"][key], rel=1e-9), (name, key)
+        require_close(one["weights"], wanted["weights"], 1e-8, name)
+        assert one["weights"].keys() == wanted["weights"].keys()
+    for i, gradients in enumerate(wanted["updates"]):
+        assert {key for one in found for key in one["updates"][i]} == gradients.keys(), (name, i)
+        for one in found:
+            require_close(one["updates"][i], gradients, 1e-9, f"{name}, update {i}")
+
+
+def require_close(found, wanted, tolerance, where):
+    for name, value in found.items():
+        limit = tolerance * wanted[name].abs().max().item()
+        difference = (value - wanted[name]).abs().max().item()
+        assert difference <= limit, f"{where}: {name}: {difference:.2g} of {limit:.2g}"
