@@ -162,7 +162,7 @@ def _as_long_as_others(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def _pipeline_of(model: ComposedModel, text: Transformer, place: Place) -> Pipeline:
     everything, modules = stages(text.config, place.config), {}
     for i, part in cut(text, place).items():
-        divide(part, part, place)
+        divide(part, part, place, embeds=i == 0)
         modules[i] = StageModule(ComposedPart(model, part, place, everything[i]), _run)
     dtype = next(text.parameters()).dtype
 

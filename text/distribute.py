@@ -65,7 +65,7 @@ def distribute(model: Transformer, place: Place) -> Pipeline | None:
         parameters.
 
     Raises:
-        LayoutError: there are more stages than layers, or tied embeddings on two of them.
+        LayoutError: there are more stages than layers.
     """
     if place.layout.pipeline == 1:
         divide(model, model, place)
@@ -73,7 +73,7 @@ def distribute(model: Transformer, place: Place) -> Pipeline | None:
     parts = cut(model, place)
     modules = {i: stage_module(part, place) for i, part in parts.items()}
     for i, part in parts.items():
-        divide(part, modules[i], place)
+        divide(part, modules[i], place, embeds=i == 0)
     return pipeline_of(modules, model, place)
 
 
@@ -109,11 +109,12 @@ def distributed(
         model.get_parameter(name).data.copy_(tensor)
 
 
-def divide(model: Transformer, root: nn.Module, place: Place) -> None:
+def divide(model: Transformer, root: nn.Module, place: Place, embeds: bool = True) -> None:
     """Shares out the tensors of a model, or of a stage of a pipeline, in place.
 
     Args:
         root: what is called as a whole, the model or what contains it.
+        embeds: whether it is given tokens; else what it may have of the embedding is its output projection.
     """
     if place.layout.context > 1:
         share_context(model, place)
@@ -121,7 +122,7 @@ def divide(model: Transformer, root: nn.Module, place: Place) -> None:
         share_tensors(model, place.tensor)
     recompute(model, place.config.recompute)
     # By itself: its gradient comes after that of everything else, which is done once the layers' input has one.
-    embedding = [model.tok_embeddings] if isinstance(model.tok_embeddings, nn.Embedding) else []
+    embedding = [model.tok_embeddings] if embeds else []
     shard(root, model.layers, place, kept=embedding, methods=["hidden", "embed"] if root is model else [])
 
 

@@ -10,7 +10,8 @@ from .model import TransformerConfig
 
 
 class Stage(NamedTuple):
-    """A stage of the pipeline: its layers, and whether it begins with the embedding or ends with norm and output."""
+    """A stage of the pipeline: its layers, and whether it begins with the embedding or ends with norm and output. Tied
+    embeddings are in both."""
 
     layers: range
     embedding: bool = False
@@ -31,13 +32,11 @@ def stages(config: TransformerConfig, parallel: ParallelConfig) -> list[Stage]:
     16 x 8); where that does not come out even, the stages between have one more.
 
     Raises:
-        LayoutError: more stages than layers + 2, or tied embeddings on two stages.
+        LayoutError: more stages than layers + 2.
     """
     count = parallel.pipeline * parallel.chunks
     if count == 1:
         return [Stage(range(config.n_layers), embedding=True, output=True)]
-    if config.tie_embeddings:
-        raise LayoutError("pipeline", f"{count} stages would hold the tied embeddings on the first and on the last")
     slots = config.n_layers + 2
     if slots < count:
         raise LayoutError(

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from ..train.pipeline import Handed, Outcome, Pipeline, StageModule
 from ..train.place import Place
 from .context_parallel import own_positions
-from .model import Transformer
+from .model import Transformer, TransformerConfig
 from .objective import row_loss
 from .parallel import Stage, stages
-from .rows import TokenBatch
+from .rows import TokenBatch, even_rows
 
 
 def cut(model: Transformer, place: Place) -> dict[int, Transformer]:
@@ -20,7 +20,7 @@ def cut(model: Transformer, place: Place) -> dict[int, Transformer]:
     own = {i: everything[i] for i in range(place.at.pipeline, len(everything), place.config.pipeline)}
     parts = {i: _part(model, stage) for i, stage in own.items()}
     model.layers = nn.ModuleDict({str(i): model.layers[i] for stage in own.values() for i in stage.layers})  # type: ignore[assignment]
-    if not any(stage.embedding for stage in own.values()):
+    if not any(_has_embedding(model.config, stage) for stage in own.values()):
         model.tok_embeddings = nn.Identity()  # type: ignore[assignment]
     if not any(stage.output for stage in own.values()):
         model.norm, model.output = nn.Identity(), None  # type: ignore[assignment]
@@ -31,11 +31,16 @@ def _part(model: Transformer, stage: Stage) -> Transformer:
     part = Transformer.__new__(Transformer)
     nn.Module.__init__(part)
     part.config = model.config
-    part.tok_embeddings = model.tok_embeddings if stage.embedding else nn.Identity()  # type: ignore[assignment]
+    has_embedding = _has_embedding(model.config, stage)
+    part.tok_embeddings = model.tok_embeddings if has_embedding else nn.Identity()  # type: ignore[assignment]
     part.layers = nn.ModuleList(model.layers[i] for i in stage.layers)
     part.norm = model.norm if stage.output else nn.Identity()  # type: ignore[assignment]
     part.output = model.output if stage.output else None
     return part
+
+
+def _has_embedding(config: TransformerConfig, stage: Stage) -> bool:
+    return stage.embedding or (stage.output and config.tie_embeddings)
 
 
 def stage_module(part: Transformer, place: Place) -> StageModule:
@@ -59,4 +64,5 @@ def pipeline_of(modules: dict[int, StageModule], model: Transformer, place: Plac
         own = length // place.layout.context
         return Handed((rows, own // place.layout.tensor, model.config.dim), (rows, own, model.config.dim), dtype)
 
-    return Pipeline(place, modules, objective, handed)
+    # A micro-batch of dialogs has as many rows as they need.
+    return Pipeline(place, modules, objective, handed, even_rows)

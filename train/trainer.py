@@ -196,7 +196,7 @@ class _Run:
             self._restore(newest, saved)
         else:
             fresh = capture(self.model, self.optimizer, self.trained).values()
-            parallel.broadcast([t for t in fresh if not isinstance(t, DTensor)], self.place.group("data"))
+            parallel.broadcast([t for t in fresh if not isinstance(t, DTensor)], self.place.group("positions"))
         trackers = () if self.finished else self.config.trackers
         self.trackers = Trackers(trackers, self.run_dir, self.step, self.recipe)
         if len(saved.get("random", [])) == parallel.world_size():
@@ -370,7 +370,7 @@ class _Run:
         whole = {name: t for name, t in tensors.items() if name not in sharded}
 
         def compare() -> None:
-            for part, group in ((sharded, self.place.group("replicate")), (whole, self.place.group("data"))):
+            for part, group in ((sharded, self.place.group("replicate")), (whole, self.place.group("positions"))):
                 of_process = {name: parallel.local(tensor) for name, tensor in part.items()}
                 require_equal(of_process, f"step {self.step}", self.writer.last_good, group)
 

@@ -33,12 +33,14 @@ STANDS = {
 
 
 class Rows:
-    def __init__(self, group, groups, accumulate):
+    def __init__(self, group, groups, accumulate, updates):
         self.group, self.groups, self.size, self.given = group, groups, ROWS // groups // accumulate, 0
-        self.accumulate = accumulate
+        self.accumulate, self.last = accumulate, None if updates is None else updates * accumulate
 
     def __iter__(self):
         while True:
+            if self.given == self.last:
+                raise KeyboardInterrupt
             update, number = divmod(self.given, self.accumulate)
             first = (number * self.groups + self.group) * self.size
             self.given += 1
@@ -91,8 +93,8 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64"):
-    """The gradients of every update and what all processes have at the end, by name."""
+def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=None):
+    """The gradients of every update and what all processes have at the end, by name; None where it stopped before."""
     place = Place(ParallelConfig(**layout))
     model = make_model(getattr(torch, dtype))
     updates = []
@@ -107,9 +109,9 @@ def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64"):
         try:
             result = train(
                 part.model,
-                Rows(place.data, place.layout.data, accumulate),
+                Rows(place.data, place.layout.data, accumulate, stop_after),
                 part.objective(next_token),
-                trainer=TrainerConfig(steps=STEPS, batch_size=ROWS, accumulate=accumulate),
+                trainer=TrainerConfig(steps=STEPS, batch_size=ROWS, accumulate=accumulate, checkpoint_every=1),
                 optimizer=OptimizerConfig(lr=1e-3),
                 schedule=ScheduleConfig(),
                 freeze=[FreezeRule(pattern=pattern, trainable=False) for pattern in freeze],
@@ -117,6 +119,8 @@ def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64"):
                 place=place,
                 pipeline=part.pipeline,
             )
+        except KeyboardInterrupt:
+            return None
         finally:
             hook.remove()
     keep = ("tokens", "parameters", "trained_parameters")

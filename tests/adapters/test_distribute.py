@@ -53,6 +53,28 @@ def test_trains_as_one_process_does(finish_program, tmp_path, alone, processes, 
         require_equal([one[name] for one in found], wanted, name)
 
 
+def test_a_run_goes_on_in_another_layout(finish_program, tmp_path, alone):
+    """Each run stops after two updates on four processes and goes on as the next says on two."""
+    first = {
+        "pipeline": {"pipeline": 2, "tensor": 2},
+        "shards": {"shard": 2, "context": 2},
+        "copies": {"pipeline": 4},
+    }
+    then = {"pipeline": {"shard": 2}, "shards": {"pipeline": 2}, "copies": {"context": 2}}
+    for processes, stop_after, layouts in ((4, 2, first), (2, None, then)):
+        runs = {name: {"layout": layout, "accumulate": 2, "stop_after": stop_after} for name, layout in layouts.items()}
+        out = str(tmp_path / "out")
+        assert finish_program(PROGRAM, processes, runs=runs, run_dir=str(tmp_path / "runs"), out=out) == [0] * processes
+    found = [torch.load(f"{tmp_path}/out.{rank}", weights_only=True) for rank in range(2)]
+    wanted = alone(accumulate=2)
+    for name in then:
+        for one in found:
+            assert one[name]["tokens"] == wanted["tokens"]
+            assert len(one[name]["updates"]) == 1
+            require_close(one[name]["updates"][0], wanted["updates"][-1], 1e-9, name)
+            require_close(one[name]["weights"], wanted["weights"], 1e-8, name)
+
+
 def require_equal(found, wanted, name):
     for one in found:
         for key in ("tokens", "parameters", "trained_parameters"):

@@ -41,7 +41,7 @@ EIGHT = {
     "tensor-context-fsdp": {"tensor": 2, "context": 2, "shard": 2, "reshard": True},
     "context-hsdp": {"context": 2, "shard": 2},
 }
-TIED = ("fsdp", "context", "tensor-fsdp")
+TIED = ("fsdp", "context", "tensor-fsdp", "pipeline-fsdp", "pipeline-tensor", "interleaved")
 FLOAT32 = ("replicas", "hsdp", "tensor-context", "pipeline-fsdp")
 
 

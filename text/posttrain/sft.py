@@ -12,7 +12,6 @@ import torch
 from ...data.dialogs import dialog_sample
 from ...data.shards import Sample
 from ...data.sources import DataConfig, open_loader
-from ...train.layout import LayoutError
 from ...train.parallel import rank
 from ...train.place import Place
 from ...train.recipe import Stage, StageRecipe, train_by
@@ -62,14 +61,11 @@ def run(recipe: SFTRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains and writes `run_dir/model`; returns the trainer's result.
 
     Raises:
-        LayoutError: `recipe.parallel` has a pipeline, or does not divide the processes, the model or the rows.
+        LayoutError: `recipe.parallel` does not divide the processes, the model or the rows.
     """
     torch.manual_seed(recipe.trainer.seed)
     model, tokenizer = load_text(recipe.init, torch.float32)
     place = Place(recipe.parallel)
-    if place.layout.pipeline > 1:
-        # A micro-batch has as many rows as its dialogs need, but stages hand on tensors of one shape.
-        raise LayoutError("pipeline", f"stage {recipe.stage!r} runs all layers on each process; leave it out")
     batch_size = recipe.trainer.micro_batch_size(place.layout.data)
     collate = DialogTextCollator(tokenizer, recipe.data.row_length)
     loader = open_loader(
@@ -77,7 +73,7 @@ def run(recipe: SFTRecipe, run_dir: Path) -> dict[str, Any]:
     )
     with distributed(model, place, [recipe.data.row_length]) as part:
         objective = of_own_positions(next_token, place)
-        result = train_by(recipe, part.model, loader, objective, run_dir, place=place)
+        result = train_by(recipe, part.model, loader, objective, run_dir, place=place, pipeline=part.pipeline)
     if rank() == 0:
         save_text(model, tokenizer, run_dir / "model")
     return result
