@@ -128,6 +128,15 @@ class ComposedModel(nn.Module):
         adapter: Adapter = getattr(self, modality)
         return adapter(batch.tensors, **{other: getattr(self, other) for other in adapter.requires})
 
+    def contributions(
+        self, inputs: Mapping[str, ModalityBatch], known: Mapping[str, Contribution]
+    ) -> dict[str, tuple[Contribution, Placements]]:
+        """What all adapters give, but for those of which it is known, and where it belongs."""
+        return {
+            name: (known[name] if name in known else self.contribution(name, batch), batch.placements)
+            for name, batch in inputs.items()
+        }
+
     def interleaved(self, modality: str) -> Mapping[int, InterleavedLayer]:
         """The layers of a modality by the number, in `text.layers`, of the layer that each runs before."""
         return self.adapters[modality].interleaved()
@@ -170,13 +179,11 @@ class ComposedModel(nn.Module):
         if embeddings is None:
             embeddings = self.embed(tokens)
         memories = cache.memories if cache else []
-        for name, batch in (inputs or {}).items():
-            given = (contributions or {}).get(name) or self.contribution(name, batch)
+        for name, (given, where) in self.contributions(inputs or {}, contributions or {}).items():
             if begins and given.soft_tokens is not None:
-                embeddings = place_soft_tokens(embeddings, given.soft_tokens, batch.placements, columns)
+                embeddings = place_soft_tokens(embeddings, given.soft_tokens, where, columns)
             if given.memory is not None:
-                layers = self.interleaved(name)
-                memories.append(gather_memory(name, layers, given, batch.placements, rows))
+                memories.append(gather_memory(name, self.interleaved(name), given, where, rows))
 
         arguments: dict[str, Any] = {"positions": positions, "documents": documents}
         arguments["cache"] = cache.text if cache else None

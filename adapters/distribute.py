@@ -1,12 +1,14 @@
 """A composed model on the processes of a layout (sections 3.3.2 and 7.3).
 
-The language model is shared out as by itself. Adapters every process has whole: it runs their layers for the positions
-that it has, and their encoders for its share of the inputs of its rows. In a pipeline each stage has the interleaved
-layers that run before its own, and runs the encoders that these read from.
+The language model is shared out as by itself. Interleaved layers are stored in shards where the layout has them, and
+every process runs them for the positions that it has; in a pipeline each stage has those that run before its own
+layers. Encoders every process has whole, in every stage whose layers read from them, and runs them for its share of the
+inputs of its rows.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,13 +27,14 @@ from ..text.objective import token_loss
 from ..text.parallel import Stage, stages
 from ..text.rows import even_rows
 from ..text.stages import cut
+from ..train import parallel
 from ..train.objective import Objective, Outcome
 from ..train.pipeline import Handed, Pipeline, StageModule
 from ..train.place import Place
-from ..train.sharding import whole_tensors
+from ..train.sharding import shard_block, whole_tensors
 from .batching import Batch
 from .compose import ComposedModel
-from .contract import Contribution, InterleavedLayer, ModalityBatch
+from .contract import Contribution, InterleavedLayer, ModalityBatch, Placements
 from .objective import next_token
 
 
@@ -75,13 +78,11 @@ def distributed_composition(model: ComposedModel, place: Place, row_length: int)
 
     whole = dict(model.named_parameters())
     with ExitStack() as restored:
-        if place.layout.pipeline > 1:
-            restored.enter_context(_layers_of_own_stages(model, place))
+        restored.enter_context(_own_layers(model, place))
         with distributed(model.text, place, [row_length], share) as text:
             yield DistributedComposition(parts[0], text.pipeline)
-        if place.layout.pipeline > 1:
-            for name, tensor in whole_tensors(nn.ModuleDict(model.adapters), place):
-                whole[name].data.copy_(tensor)
+        for name, tensor in whole_tensors(nn.ModuleDict(model.adapters), place):
+            whole[name].data.copy_(tensor)
 
 
 class ComposedPart(ComposedModel):
@@ -124,6 +125,28 @@ class ComposedPart(ComposedModel):
         tensors = {name: tensor[own.to(tensor.device)] for name, tensor in batch.tensors.items()}
         given = super().contribution(modality, dataclasses.replace(batch, tensors=tensors))
         return _gathered(given, group, count)
+
+    def contributions(
+        self, inputs: Mapping[str, ModalityBatch], known: Mapping[str, Contribution]
+    ) -> dict[str, tuple[Contribution, Placements]]:
+        found = super().contributions(inputs, known)
+        reading = [name for name in self.modalities if self.interleaved(name)]
+        if self.place.storage is None or not reading:
+            return found
+        # Layers in shards run, forward and backward, on all processes or none. Where there is nothing to read they are
+        # given a zero that no position sees.
+        dtype = next(self.text.parameters()).dtype
+        own = [found[name][0].memory if name in found else None for name in reading]
+        widths = torch.tensor([0 if memory is None else memory.shape[-1] for memory in own], device=parallel.device())
+        dist.all_reduce(widths, op=dist.ReduceOp.MAX, group=self.place.group("data"))
+        for name, memory, width in zip(reading, own, widths.tolist(), strict=True):
+            if memory is None and width:
+                nowhere = torch.empty(0, dtype=torch.int64, device=widths.device)
+                memory = torch.zeros(1, 1, width, dtype=dtype, device=widths.device)
+                found[name] = Contribution(memory=memory), Placements(nowhere, nowhere, nowhere, nowhere, nowhere)
+            if memory is not None and torch.is_grad_enabled() and not memory.requires_grad:
+                memory.requires_grad_()
+        return {name: found[name] for name in self.modalities if name in found}
 
     def interleaved(self, modality: str) -> Mapping[int, InterleavedLayer]:
         layers = super().interleaved(modality)
@@ -188,22 +211,27 @@ def _run(part: ComposedPart, x: Tensor | None, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _layers_of_own_stages(model: ComposedModel, place: Place) -> Iterator[None]:
-    """Meanwhile adapters are without the interleaved layers of other processes of the pipeline."""
+def _own_layers(model: ComposedModel, place: Place) -> Iterator[None]:
+    """Meanwhile adapters have the interleaved layers of this process's stages alone, and what is stored in shards of
+    them."""
     everything = stages(model.text.config, place.config)
     own = {i for stage in everything[place.at.pipeline :: place.config.pipeline] for i in stage.layers}
     with ExitStack() as restored:
         for adapter in model.adapters.values():
             layers = adapter.interleaved()
             kept = {i: layer for i, layer in layers.items() if i in own}
-            dropped = [layer for i, layer in layers.items() if i not in own]
+            if place.storage is not None:
+                kept = copy.deepcopy(kept)
+                for layer in kept.values():
+                    shard_block(layer, place, place.config.reshard, methods=["keys_values"])
+            replaced = {id(layer): kept.get(i) for i, layer in layers.items()}
             for parent in list(adapter.modules()):
                 restored.callback(setattr, parent, "_modules", parent._modules)
-                parent._modules = {name: m for name, m in parent._modules.items() if not _is_one_of(m, dropped)}
+                parent._modules = {
+                    name: replaced.get(id(child), child)
+                    for name, child in parent._modules.items()
+                    if replaced.get(id(child), child) is not None or child is None
+                }
             adapter.interleaved = lambda kept=kept: kept  # type: ignore[method-assign]
             restored.callback(vars(adapter).pop, "interleaved")
         yield
-
-
-def _is_one_of(module: nn.Module | None, modules: list) -> bool:
-    return any(module is other for other in modules)

@@ -16,17 +16,20 @@ from .place import Place
 from .stage_copies import StageCopies
 
 
-def summed_gradients(
-    parameters: Sequence[tuple[str, Tensor]], place: Place, copies: StageCopies
-) -> dict[str, Tensor]:
+def summed_gradients(parameters: Sequence[tuple[str, Tensor]], place: Place, copies: StageCopies) -> dict[str, Tensor]:
     """This process's part of every gradient, by name, summed over the batch of all processes; in the memory of
     `parameter.grad`. Parameters that nobody touched are left out. All processes call it."""
     for _, p in parameters:
         if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
-    if place.storage is None:  # what is stored in shards was summed in the backward pass
-        parallel.sum_gradients([p for _, p in parameters if isinstance(p, DTensor)], place.group("data"))
-    parallel.sum_gradients([p for _, p in parameters if not isinstance(p, DTensor)], place.group("positions"))
+    divided, stored, whole = [], [], []
+    for _, p in parameters:
+        names = p.device_mesh.mesh_dim_names or () if isinstance(p, DTensor) else None
+        (whole if names is None else divided if "tensor" in names else stored).append(p)
+    if place.storage is None:  # else the backward pass has summed what is stored in shards
+        parallel.sum_gradients(divided, place.group("data"))
+    parallel.sum_gradients(stored, place.group("tensor"))
+    parallel.sum_gradients(whole, place.group("positions"))
     copies.sum_gradients(parameters)
     return {name: local(p.grad) for name, p in parameters if p.grad is not None}
 

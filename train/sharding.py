@@ -31,16 +31,27 @@ def shard(
         kept: further blocks, which stay until then as well.
         methods: of the model, which may be called in place of `forward`; none of them may call another.
     """
-    mesh = place.storage
-    if mesh is None:
+    for block in blocks:
+        shard_block(block, place, place.config.reshard)
+    for block in kept:
+        shard_block(block, place, False)
+    shard_block(model, place, False, methods)
+
+
+def shard_block(block: nn.Module, place: Place, reshard: bool, methods: Sequence[str] = ()) -> None:
+    """`shard` for one module, whose weights are gathered together.
+
+    Args:
+        reshard: whether they are dropped after it has run.
+        methods: of the module, which may be called beside `forward`.
+    """
+    if place.storage is None:
         return
-    dropped = [(block, place.config.reshard) for block in blocks]
-    for module, reshard in (*dropped, *((block, False) for block in kept), (model, False)):
-        sharded: FSDPModule = fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
-        sharded.set_force_sum_reduction_for_comms(True)
-        sharded.set_gradient_divide_factor(1.0)
+    sharded: FSDPModule = fully_shard(block, mesh=place.storage, reshard_after_forward=reshard)
+    sharded.set_force_sum_reduction_for_comms(True)
+    sharded.set_gradient_divide_factor(1.0)
     for method in methods:
-        register_fsdp_forward_method(model, method)
+        register_fsdp_forward_method(block, method)
 
 
 def whole_tensors(model: nn.Module, place: Place) -> Iterator[tuple[str, Tensor]]:

@@ -23,9 +23,10 @@ FOUR = {
     "pipeline-tensor": {"pipeline": 2, "tensor": 2, "recompute": "full"},
     "pipeline-context": {"pipeline": 2, "context": 2},
     "pipeline-shards": {"pipeline": 2, "shard": 2},
+    "tensor-shards": {"tensor": 2, "shard": 2, "reshard": True},
     "pipeline-replicas": {"pipeline": 2},
 }
-FROZEN = {"shards", "pipeline", "tensor"}
+FROZEN = {"shards", "pipeline", "tensor", "tensor-shards", "pipeline-shards"}
 """Layouts that are trained with a frozen language model, too, as adapters are in the paper."""
 
 
