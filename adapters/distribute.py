@@ -28,6 +28,7 @@ from ..text.parallel import Stage, stages
 from ..text.rows import even_rows
 from ..text.stages import cut
 from ..train import parallel
+from ..train.layout import Layout, LayoutError
 from ..train.objective import Objective, Outcome
 from ..train.pipeline import Handed, Pipeline, StageModule
 from ..train.place import Place
@@ -65,8 +66,10 @@ def distributed_composition(model: ComposedModel, place: Place, row_length: int)
         row_length: of the longest rows; others are multiples of `herdkit.text.parallel.row_unit`.
 
     Raises:
-        LayoutError: the layout does not divide the language model or the rows; says with which numbers.
+        LayoutError: the layout does not divide the language model or the rows, says with which numbers; or it divides
+            what an adapter reads.
     """
+    require_adapters_fit(model, place.layout)
     if place.replicas_alone:
         yield DistributedComposition(model, None)
         return
@@ -83,6 +86,17 @@ def distributed_composition(model: ComposedModel, place: Place, row_length: int)
             yield DistributedComposition(parts[0], text.pipeline)
         for name, tensor in whole_tensors(nn.ModuleDict(model.adapters), place):
             whole[name].data.copy_(tensor)
+
+
+def require_adapters_fit(model: ComposedModel, layout: Layout) -> None:
+    """
+    Raises:
+        LayoutError: an adapter reads weights of the language model, which no process has whole.
+    """
+    reading = [name for name, adapter in model.adapters.items() if "text" in adapter.requires]
+    for dimension in ("tensor", "pipeline"):
+        if reading and getattr(layout, dimension) > 1:
+            raise LayoutError(dimension, f"the adapter {reading[0]!r} reads weights of the language model, all of them")
 
 
 class ComposedPart(ComposedModel):
@@ -114,8 +128,7 @@ class ComposedPart(ComposedModel):
 
     def contribution(self, modality: str, batch: ModalityBatch) -> Contribution:
         group = self.place.group("row")
-        processes = dist.get_world_size(group)
-        if processes == 1:
+        if group is None or (processes := dist.get_world_size(group)) == 1:
             return super().contribution(modality, batch)
         count = len(next(iter(batch.tensors.values())))
         share = -(-count // processes)
@@ -161,7 +174,7 @@ def _of_own_positions(model: ComposedModel, batch: Batch) -> Outcome:
     return next_token(model, batch)
 
 
-def _gathered(own: Contribution, group: dist.ProcessGroup | None, count: int) -> Contribution:
+def _gathered(own: Contribution, group: dist.ProcessGroup, count: int) -> Contribution:
     """The contributions of all processes of a group as one, for so many inputs."""
     soft, memory, mask = own.soft_tokens, own.memory, own.memory_mask
     if soft is not None:
@@ -171,11 +184,13 @@ def _gathered(own: Contribution, group: dist.ProcessGroup | None, count: int) ->
             mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
         # As bytes: not every library of collectives takes truth values.
         mask = all_gather_tensor(_as_long_as_others(mask.to(torch.uint8), group), 0, group)[:count].bool()
+        # Its gradients add up over the processes: in float32 (section 3.3.2).
+        memory = memory.to(torch.promote_types(memory.dtype, torch.float32))
         memory = all_gather_tensor_autograd(_as_long_as_others(memory, group), 0, group)[:count]
     return Contribution(soft, memory, mask)
 
 
-def _as_long_as_others(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _as_long_as_others(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(n, L, ...) padded with zeros to the greatest L of the group."""
     length = torch.tensor(x.shape[1], device=x.device)
     dist.all_reduce(length, op=dist.ReduceOp.MAX, group=group)

@@ -39,7 +39,9 @@ class StageCopies:
         pipeline = place.layout.peers(parallel.rank(), "pipeline")
         for holders in sorted(set(self._holders.values())):
             ranks = [pipeline[at] for at in holders]
-            self._groups[holders] = dist.new_group(ranks, use_local_synchronization=True)
+            group = dist.new_group(ranks, use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup)
+            self._groups[holders] = group
 
     def number(self, name: str) -> int:
         """How many processes of the pipeline have this parameter."""

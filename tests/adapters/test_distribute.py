@@ -6,6 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from herdkit.adapters import compose
+from herdkit.adapters.distribute import require_adapters_fit
+from herdkit.text import preset as text_preset
+from herdkit.text.parallel import stages
+from herdkit.train.layout import Layout, LayoutError, ParallelConfig
+from herdkit.vision.image_adapter import placement
+from herdkit.vision.image_adapter import preset as image_preset
+from toy_adapters import TEXT, SoftAdapter, ToyConfig, text_model
 
 PROGRAM = Path(__file__).with_name("layouts.py")
 TWO = {
@@ -74,6 +82,25 @@ def test_a_run_goes_on_in_another_layout(finish_program, tmp_path, alone):
             assert len(one[name]["updates"]) == 1
             require_close(one[name]["updates"][0], wanted["updates"][-1], 1e-9, name)
             require_close(one[name]["weights"], wanted["weights"], 1e-8, name)
+
+
+def test_every_stage_of_the_largest_model_has_four_layers_and_one_of_cross_attention():
+    """Section 7.3; the first and the last stage have embedding and output in place of a layer."""
+    layers = text_preset("405b").n_layers
+    places = placement(layers, image_preset("405b").n_cross_layers)
+    found = stages(text_preset("405b"), ParallelConfig(pipeline=16, schedule="interleaved", chunks=2))
+    assert [len(stage.layers) for stage in found] == [3, *[4] * 30, 3]
+    assert [sum(i in stage.layers for i in places) for stage in found] == [1] * 32
+
+
+def test_what_an_adapter_reads_is_not_divided():
+    model = compose(text_model(), speech=SoftAdapter(ToyConfig(), TEXT))
+    require_adapters_fit(model, Layout(tensor=2))
+    model.speech.requires = ("text",)
+    require_adapters_fit(model, Layout(context=2, shard=2))
+    for dimension in ("tensor", "pipeline"):
+        with pytest.raises(LayoutError, match=f"parallel.{dimension}: the adapter 'speech' reads weights"):
+            require_adapters_fit(model, Layout(**{dimension: 2}))
 
 
 def require_equal(found, wanted, name):
