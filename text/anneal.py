@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.sources import SourceConfig, source_names
 from ..train.averaging import average_checkpoints
 from ..train.files import write_json
-from ..train.parallel import on_first, rank
+from ..train.parallel import on_first
 from ..train.recipe import Stage
 from .held_out import HeldOut
-from .model_directory import load_text, save_text
+from .model_directory import load_text, open_text, save_text
 from .plan import plan_continued
 from .row_stage import RowRecipe, document_encoder, train_on_rows
 
@@ -49,16 +47,14 @@ def run(recipe: AnnealRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains and writes `run_dir/model`, the mean; returns the trainer's result. Where several checkpoints were
     averaged it also has "averaged_steps" and, where something is held out, "averaged_evaluation" beside "evaluation",
     which is that of the last weights."""
-    torch.manual_seed(recipe.trainer.seed)
-    model, tokenizer = load_text(recipe.init, torch.float32)
-    result = train_on_rows(recipe, model, tokenizer, run_dir)
+    weights, tokenizer = open_text(recipe.init)
+    part, result = train_on_rows(recipe, weights, tokenizer, run_dir)
     if recipe.average > 1:
-        result["averaged_steps"] = average_checkpoints(model, run_dir, recipe.average)
-        if recipe.held_out is not None:
-            held_out = HeldOut(recipe.held_out, document_encoder(tokenizer), tokenizer.pad_id, recipe.data.row_length)
-            result["averaged_evaluation"] = held_out(model.eval(), recipe.trainer.steps)
-    if rank() == 0:
-        save_text(model, tokenizer, run_dir / "model")
+        result["averaged_steps"] = average_checkpoints(part.model, run_dir, recipe.average)
+    save_text(part.weights(), tokenizer, run_dir / "model")
+    if recipe.average > 1 and recipe.held_out is not None:
+        held_out = HeldOut(recipe.held_out, document_encoder(tokenizer), tokenizer.pad_id, recipe.data.row_length)
+        result["averaged_evaluation"] = held_out(part, recipe.trainer.steps)
     return result
 
 

@@ -11,17 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..train import parallel
 from ..train.objective import Objective
 from ..train.pipeline import Pipeline
 from ..train.place import Place
+from ..train.portions import SharedTensors, portions
 from ..train.sharding import shard, whole_tensors
 from .context_parallel import own_positions, share_context
+from .interchange.directory_weights import TrainedWeights
 from .model import Transformer
 from .parallel import require_fits
 from .recompute import recompute
 from .rows import TokenBatch
 from .stages import cut, pipeline_of, stage_module
 from .tensor_parallel import share_tensors
+from .weights import Weights
 
 
 @dataclass
@@ -48,6 +52,12 @@ class DistributedModel:
             return self.model, self.model.hidden(own.tokens, documents=own.documents), own
         found = self.pipeline.last_output(batch, next(self.model.parameters()).device)
         return None if found is None else (*found, own)
+
+    def weights(self) -> TrainedWeights:
+        """All of them, for files. All processes call it."""
+        with torch.device("meta"):
+            names = list(Transformer(self.model.config).state_dict())
+        return TrainedWeights(self.model.config, SharedTensors(dict(self.model.named_parameters()), self.place, names))
 
     def sum(self, values: Tensor) -> Tensor:
         """Adds up, in place, what the processes of a `context` and `pipeline` group measured on their positions."""
@@ -77,6 +87,27 @@ def distribute(model: Transformer, place: Place) -> Pipeline | None:
     return pipeline_of(modules, model, place)
 
 
+def share_out(weights: Weights, place: Place, row_lengths: Collection[int]) -> DistributedModel:
+    """Makes this process's part of a language model, on its device. No process ever has memory for more than that and
+    one tensor. All processes call it.
+
+    Args:
+        row_lengths: of all rows that it will train on.
+
+    Raises:
+        LayoutError: the layout does not divide the model or the rows; says with which numbers.
+    """
+    for length in row_lengths:
+        require_fits(weights.config, place.layout, length)
+    own = weights.outline()
+    pipeline = distribute(own, place)
+    for module in (own,) if pipeline is None else pipeline.stages.values():
+        module.to_empty(device=parallel.device())
+    kept = portions(dict(own.named_parameters()))
+    parallel.on_each(lambda: weights.read(kept))
+    return DistributedModel(own, place, pipeline)
+
+
 @contextmanager
 def distributed(
     model: Transformer,
@@ -86,6 +117,7 @@ def distributed(
 ) -> Iterator[DistributedModel]:
     """Shares a model out among the processes of a layout, each of which has it whole and with the same weights.
     Afterwards each has it whole again, with the weights as they have become; meanwhile it keeps those from before.
+    (`share_out` does with less memory.)
 
     Args:
         row_lengths: of all rows that it will train on.
@@ -96,9 +128,6 @@ def distributed(
     """
     for length in row_lengths:
         require_fits(model.config, place.layout, length)
-    if place.replicas_alone:
-        yield DistributedModel(model, place, None)
-        return
     with torch.device("meta"):
         own = Transformer(model.config)
     own.load_state_dict(model.state_dict(), assign=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 
 from ..train.files import write_json
-from ..train.parallel import on_first, rank
+from ..train.parallel import device, on_first
 from ..train.recipe import Stage
 from .held_out import HeldOut, HeldOutConfig
+from .interchange.directory_weights import StoredWeights
 from .model import RopeScaling, Transformer
-from .model_directory import load_text, save_text
+from .model_directory import open_text, save_text, writing
 from .needle import NeedleConfig, NeedleTest, plot
 from .plan import plan_lengths
 from .row_stage import RowRecipe, document_encoder, train_on_rows
@@ -91,30 +93,34 @@ class NotPromotedError(RuntimeError):
 def run(recipe: LongContextRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains length by length and writes `run_dir/model`.
 
-    Every round of a stage is a run of its own, in `run_dir/length-<row length>/round-<n>`, with a `check.json` and the
-    heat map of the needles, `needle.png`, beside it. All of it is resumed.
+    Every round of a stage is a run of its own, in `run_dir/length-<row length>/round-<n>`, with the model that results
+    in `model`, a `check.json` and the heat map of the needles, `needle.png`, beside it. All of it is resumed. For its
+    checks the first process has the whole model.
 
     Returns: the result of the last round, with "checks": of every round, what was measured and whether it was promoted.
 
     Raises:
         NotPromotedError: a stage has had all its rounds; the model of the last one stays in its run directory.
     """
-    torch.manual_seed(recipe.trainer.seed)
-    model, tokenizer = load_text(recipe.init, torch.float32)
-    model.config = dataclasses.replace(
-        model.config,
-        max_seq_len=max(model.config.max_seq_len, recipe.lengths[-1].row_length),
-        rope_scaling=recipe.rope_scaling or model.config.rope_scaling,
+    weights, tokenizer = open_text(recipe.init)
+    config = dataclasses.replace(
+        weights.config,
+        max_seq_len=max(weights.config.max_seq_len, recipe.lengths[-1].row_length),
+        rope_scaling=recipe.rope_scaling or weights.config.rope_scaling,
     )
+    weights = dataclasses.replace(weights, config=config)
     check = _Check(recipe, tokenizer)
-    before = check.short_losses(model, run_dir / "before.json")
+    before = check.short_losses(weights, run_dir / "before.json")
     checks: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
+    here = run_dir
     for stage in recipe.lengths:
         for number in range(recipe.promotion.rounds):
             here = run_dir / f"length-{stage.row_length}" / f"round-{number}"
-            result = train_on_rows(_round(recipe, stage, len(checks)), model, tokenizer, here)
-            checks.append(check(model, stage.row_length, before, here))
+            part, result = train_on_rows(_round(recipe, stage, len(checks)), weights, tokenizer, here)
+            weights, _ = open_text(save_text(part.weights(), tokenizer, here / "model"))
+            del part  # the next round makes another
+            checks.append(check(weights, stage.row_length, before, here))
             if checks[-1]["promoted"]:
                 break
         else:
@@ -122,8 +128,7 @@ def run(recipe: LongContextRecipe, run_dir: Path) -> dict[str, Any]:
                 f"{run_dir}: after {recipe.promotion.rounds} rounds at {stage.row_length} tokens the model is not "
                 f"ready for more: {checks[-1]['reason']}. Give it more steps, or change 'promotion'"
             )
-    if rank() == 0:
-        save_text(model, tokenizer, run_dir / "model")
+    on_first(lambda: _copy(here / "model", run_dir / "model"))
     return {**result, "checks": checks}
 
 
@@ -142,8 +147,14 @@ def _at_length(recipe: LongContextRecipe) -> HeldOutConfig:
     return dataclasses.replace(recipe.held_out, row_length=recipe.held_out.row_length or recipe.data.row_length)
 
 
+def _copy(model: Path, to: Path) -> None:
+    with writing(to) as fresh:
+        shutil.copytree(model, fresh, dirs_exist_ok=True)
+
+
 class _Check:
-    """Measures a model for promotion; what was measured once is read from its file."""
+    """Measures a model for promotion; what was measured once is read from its file. The first process loads the model
+    when it measures, and drops it: a part of one cannot decode."""
 
     def __init__(self, recipe: LongContextRecipe, tokenizer: Tokenizer):
         assert recipe.held_out is not None
@@ -153,11 +164,11 @@ class _Check:
         self.needle = NeedleTest(recipe.needle, tokenizer)
         self.lengths = [self.shortest, *(stage.row_length for stage in recipe.lengths)]
 
-    def short_losses(self, model: Transformer, file: Path) -> dict[str, float]:
-        return _once(file, lambda: self.held_out(model.eval(), 0))
+    def short_losses(self, weights: StoredWeights, file: Path) -> dict[str, float]:
+        return _once(file, lambda: self.held_out(_loaded(weights), 0))
 
-    def __call__(self, model: Transformer, length: int, before: dict[str, float], run_dir: Path) -> dict[str, Any]:
-        return _once(run_dir / "check.json", lambda: self._measure(model.eval(), length, before, run_dir))
+    def __call__(self, weights: StoredWeights, length: int, before: dict[str, float], run_dir: Path) -> dict[str, Any]:
+        return _once(run_dir / "check.json", lambda: self._measure(_loaded(weights), length, before, run_dir))
 
     def _measure(self, model: Transformer, length: int, before: dict[str, float], run_dir: Path) -> dict[str, Any]:
         short = self.held_out(model, 0)
@@ -178,6 +189,10 @@ class _Check:
             "promoted": not reasons,
             "reason": "; ".join(reasons),
         }
+
+
+def _loaded(weights: StoredWeights) -> Transformer:
+    return weights.load(torch.float32).to(device()).eval()
 
 
 def _once(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -207,7 +207,6 @@ class Transformer(nn.Module):
         self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draws all weights anew; also what a model made with `to_empty` needs.
 
@@ -216,19 +215,9 @@ class Transformer(nn.Module):
         residual stream are divided by sqrt(2 n_layers); norms are 1. The embedding is drawn with deviation 1, or,
         where it is tied to the output projection, as that.
         """
-        depth = math.sqrt(2 * self.config.n_layers)
         for name, weight in self.named_parameters():
-            if weight.is_meta:  # nothing to draw, and at 405B it would take seconds
-                continue
-            if weight.dim() == 1:
-                nn.init.ones_(weight)
-                continue
-            std = weight.shape[1] ** -0.5
-            if name == "tok_embeddings.weight" and not self.config.tie_embeddings:
-                std = 1.0
-            if name.endswith(("wo.weight", "w2.weight")):
-                std /= depth
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+            if not weight.is_meta:  # nothing to draw, and at 405B it would take seconds
+                init_weight(self.config, name, weight, generator)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 to (B, T, D)."""
@@ -352,6 +341,20 @@ class Transformer(nn.Module):
         """Bytes that one position takes in a `KVCache` of this dtype."""
         config = self.config
         return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+
+
+@torch.no_grad()
+def init_weight(config: TransformerConfig, name: str, weight: Tensor, generator: torch.Generator | None) -> None:
+    """Draws one parameter, whole; see `Transformer.init_weights`."""
+    if weight.dim() == 1:
+        nn.init.ones_(weight)
+        return
+    std = weight.shape[1] ** -0.5
+    if name == "tok_embeddings.weight" and not config.tie_embeddings:
+        std = 1.0
+    if name.endswith(("wo.weight", "w2.weight")):
+        std /= math.sqrt(2 * config.n_layers)
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
 def document_positions(documents: Tensor) -> Tensor:

@@ -7,32 +7,46 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from .interchange.huggingface import load_huggingface, save_huggingface
-from .interchange.meta import PARAMS, load_meta, save_meta
-from .interchange.tensor_files import ModelDirectoryError, Piece, fill, read_json, save_tensors, write_json
+from ..train import parallel
+from .interchange.directory_weights import StoredWeights, TrainedWeights
+from .interchange.huggingface import open_huggingface, save_huggingface
+from .interchange.meta import PARAMS, open_meta, save_meta
+from .interchange.tensor_files import (
+    ModelDirectoryError,
+    Piece,
+    StoredTensors,
+    fill,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from .model import Transformer, TransformerConfig
 from .tokenizer import RANKS_FILE, Tokenizer
 
 FORMAT = "herdkit"
 VERSION = 1
+WEIGHTS = "text.safetensors"
+
+T = TypeVar("T")
 
 Layout = Literal["herdkit", "huggingface", "meta"]
 LAYOUTS: tuple[Layout, ...] = typing.get_args(Layout)
 
 
 def save_text(
-    model: Transformer,
+    model: Transformer | TrainedWeights,
     tokenizer: Tokenizer | None,
     path: str | os.PathLike,
     layout: Layout = "herdkit",
@@ -40,9 +54,11 @@ def save_text(
     max_shard_bytes: int = 5_000_000_000,
     model_parallel: int = 1,
 ) -> Path:
-    """Writes a directory of the language model alone, whole or not at all; see `writing`.
+    """Writes a directory of the language model alone, whole or not at all; see `writing`. No process has more of the
+    model in memory than before and one tensor, in Meta's layout one file.
 
     Args:
+        model: in this process, or the weights of one that several processes share, who all call it.
         layout: ours; "huggingface", for transformers and vLLM; or "meta", as Meta's code reads it.
         max_shard_bytes: in Hugging Face's layout, the largest file, unless one tensor is larger.
         model_parallel: in Meta's layout, the number of files.
@@ -52,18 +68,33 @@ def save_text(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-    with writing(path) as fresh:
+    if layout == "herdkit" and tokenizer is None:
+        raise ValueError("a herdkit model directory needs a tokenizer")
+    weights = TrainedWeights.of(model)
+    with writing(path, together=weights.tensors.shared) as fresh:
         if layout == "huggingface":
-            save_huggingface(model, tokenizer, fresh, max_shard_bytes)
+            save_huggingface(weights, tokenizer, fresh, max_shard_bytes)
         elif layout == "meta":
-            save_meta(model, tokenizer, fresh, model_parallel)
-        elif tokenizer is None:
-            raise ValueError("a herdkit model directory needs a tokenizer")
+            save_meta(weights, tokenizer, fresh, model_parallel)
         else:
-            save_part(model, fresh / "text.safetensors")
-            tokenizer.save(fresh / "tokenizer.json")
-            write_config(fresh, {"text": dataclasses.asdict(model.config), "adapters": {}})
+            weights.write(fresh / WEIGHTS)
+            if weights.first and tokenizer is not None:
+                tokenizer.save(fresh / "tokenizer.json")
+                write_config(fresh, {"text": dataclasses.asdict(weights.config), "adapters": {}})
     return Path(path)
+
+
+def open_text(path: str | os.PathLike) -> tuple[StoredWeights, Tokenizer]:
+    """The weights of a language model in any of the layouts, to be read by what shares them out, and its tokenizer; see
+    `load_text`.
+
+    Raises:
+        ModelDirectoryError: as `load_text`, but for what is wrong with the files of the weights: reading them says it.
+    """
+    weights, tokenizer = _open(Path(path))
+    if tokenizer is None:
+        raise ModelDirectoryError(f"{path}: no tokenizer.json and no {RANKS_FILE} in it")
+    return weights, tokenizer
 
 
 def load_text(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
@@ -72,17 +103,15 @@ def load_text(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tupl
     Raises:
         ModelDirectoryError: as `load_model`, and where there is no tokenizer.
     """
-    model, tokenizer = load_model(path, dtype)
-    if tokenizer is None:
-        raise ModelDirectoryError(f"{path}: no tokenizer.json and no {RANKS_FILE} in it")
-    return model, tokenizer
+    weights, tokenizer = open_text(path)
+    return weights.load(dtype).eval(), tokenizer
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer | None]:
     """The language model of a directory in any of the layouts, in eval mode on the CPU, and its tokenizer; the
     adapters of ours are left alone. Meta's files may lie in a directory `original` of it.
 
-    Besides the model, no more memory is taken than the largest file has.
+    Besides the model, no more memory is taken than the largest tensor has, of Meta's files the largest file.
 
     Args:
         dtype: of the parameters; None for that of the files.
@@ -91,30 +120,36 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> tup
         ModelDirectoryError: see `read_config`, `load_huggingface`, `load_meta` and `fill`; or the tokenizer is none
             of Llama 3's, or has more tokens than the model.
     """
-    path = Path(path)
+    weights, tokenizer = _open(Path(path))
+    return weights.load(dtype).eval(), tokenizer
+
+
+def _open(path: Path) -> tuple[StoredWeights, Tokenizer | None]:
     layout, path = find_layout(path)
     if layout == "huggingface":
-        model = load_huggingface(path, dtype)
+        weights = open_huggingface(path)
     elif layout == "meta":
-        model = load_meta(path, dtype)
+        weights = open_meta(path)
     else:
-        config = read_config(path)
+        content = read_config(path)
         try:
-            with torch.device("meta"):
-                model = Transformer(dataclass_from_dict(TransformerConfig, config["text"], "text."))
+            config = dataclass_from_dict(TransformerConfig, content["text"], "text.")
         except ValueError as error:
             raise ModelDirectoryError(f"{path / 'config.json'}: {error}") from error
-        load_part(model, path / "text.safetensors", dtype)
+        with torch.device("meta"):
+            state = Transformer(config).state_dict()
+        pieces = {path / WEIGHTS: [Piece(name, name) for name in state]}
+        weights = StoredWeights(config, StoredTensors(pieces, state))
     try:
         tokenizer = Tokenizer.load(path)
     except FileNotFoundError:
-        return model.eval(), None
+        return weights, None
     except ValueError as error:
         raise ModelDirectoryError(str(error)) from error
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model's vocabulary {model.config.vocab_size}"
+    if tokenizer.vocab_size > weights.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model's vocabulary {weights.config.vocab_size}"
         raise ModelDirectoryError(f"{path}: the tokenizer has {sizes}")
-    return model.eval(), tokenizer
+    return weights, tokenizer
 
 
 def find_layout(path: Path) -> tuple[Layout, Path]:
@@ -136,23 +171,46 @@ def find_layout(path: Path) -> tuple[Layout, Path]:
 
 
 @contextmanager
-def writing(path: str | os.PathLike) -> Iterator[Path]:
+def writing(path: str | os.PathLike, together: bool = False) -> Iterator[Path]:
     """A fresh directory to fill, which takes the place of `path` at the end: whole or not at all.
+
+    Args:
+        together: all processes call it, and fill the directory together; they share a file system.
 
     Raises:
         FileExistsError: `path` exists and is no model directory, which is never overwritten.
     """
     path = Path(path)
+    on_first = parallel.on_first if together else _call
+    work = Path(on_first(lambda: _begin(path)))
+    fresh = work / "new"
+    try:
+        yield fresh
+        if together:
+            parallel.barrier()
+        on_first(lambda: _take_place(path, work))
+    finally:
+        if not together or parallel.rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _begin(path: Path) -> str:
     if path.exists() and not any((path / name).is_file() for name in ("config.json", PARAMS)):
         raise FileExistsError(f"{path} exists and is no model directory; choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
-        fresh = Path(work) / "new"
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            path.rename(Path(work) / "old")
-        fresh.rename(path)
+    work = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    (Path(work) / "new").mkdir()
+    return work
+
+
+def _take_place(path: Path, work: Path) -> None:
+    if path.exists():
+        path.rename(work / "old")
+    (work / "new").rename(path)
 
 
 def write_config(path: Path, content: Mapping[str, Any]) -> None:

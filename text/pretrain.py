@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.dialogs import dialog_sample
 from ..data.shards import Sample, ShardReader
-from ..train.parallel import rank
 from ..train.recipe import Stage
-from .model import Transformer, TransformerConfig
+from .model import TransformerConfig
 from .model_directory import save_text
 from .plan import plan_pretraining
 from .row_stage import RowRecipe, train_on_rows
 from .tokenizer import Tokenizer
+from .weights import DrawnWeights
 
 
 @dataclass(kw_only=True)
@@ -35,12 +33,9 @@ class PretrainRecipe(RowRecipe):
 
 def run(recipe: PretrainRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains and writes `run_dir/model`; returns the trainer's result. Errors: see `train_on_rows`."""
-    torch.manual_seed(recipe.trainer.seed)
     tokenizer = prepare_tokenizer(recipe)
-    model = Transformer(recipe.model)
-    result = train_on_rows(recipe, model, tokenizer, run_dir)
-    if rank() == 0:
-        save_text(model, tokenizer, run_dir / "model")
+    part, result = train_on_rows(recipe, DrawnWeights(recipe.model, recipe.trainer.seed), tokenizer, run_dir)
+    save_text(part.weights(), tokenizer, run_dir / "model")
     return result
 
 

@@ -17,13 +17,14 @@ from ..data.sources import DataConfig
 from ..train.place import Place
 from ..train.recipe import StageRecipe, train_by
 from .dialog import encode_dialog
-from .distribute import DistributedModel, distributed, of_own_positions
+from .distribute import DistributedModel, of_own_positions, share_out
 from .held_out import HeldOut, HeldOutConfig
 from .model import Transformer
 from .objective import Metrics, row_loss
 from .row_loader import Encode, Phase, PlannedPhase, RowLoader, plan_phases, with_ramp
 from .rows import TokenBatch
 from .tokenizer import Tokenizer
+from .weights import Weights
 
 
 @dataclass(kw_only=True)
@@ -44,11 +45,15 @@ class RowRecipe(StageRecipe):
     held_out: HeldOutConfig | None = None
 
 
-def train_on_rows(recipe: RowRecipe, model: Transformer, tokenizer: Tokenizer, run_dir: Path) -> dict[str, Any]:
-    """Trains a language model on packed rows as the recipe says; returns the trainer's result.
+def train_on_rows(
+    recipe: RowRecipe, weights: Weights, tokenizer: Tokenizer, run_dir: Path
+) -> tuple[DistributedModel, dict[str, Any]]:
+    """Trains a language model on packed rows as the recipe says.
 
     Args:
-        model: trained in place; whole on every process, before and afterwards.
+        weights: to start from.
+
+    Returns: this process's part of the model that results, and the trainer's result.
 
     Raises:
         ValueError: see `plan_phases`; rows are longer than `model.max_seq_len`.
@@ -56,35 +61,35 @@ def train_on_rows(recipe: RowRecipe, model: Transformer, tokenizer: Tokenizer, r
     """
     phases = plan_phases(recipe.phases, recipe.trainer, recipe.data)
     lengths = {phase.row_length for phase in phases}
-    if max(lengths) > model.config.max_seq_len:
+    if max(lengths) > weights.config.max_seq_len:
         raise ValueError(
-            f"rows of {max(lengths)} tokens are longer than model.max_seq_len ({model.config.max_seq_len})"
+            f"rows of {max(lengths)} tokens are longer than model.max_seq_len ({weights.config.max_seq_len})"
         )
     recipe = dataclasses.replace(recipe, trainer=with_ramp(recipe.trainer, phases))
     place = Place(recipe.parallel)
     encode = document_encoder(tokenizer)
     measured = set() if recipe.held_out is None else {recipe.held_out.row_length or recipe.data.row_length}
-    with distributed(model, place, lengths | measured) as part:
-        evaluate = None
-        if recipe.held_out is not None:
-            held_out = HeldOut(recipe.held_out, encode, tokenizer.pad_id, recipe.data.row_length)
-            evaluate = partial(_measure, held_out, part)
-        loader = RowLoader(
-            recipe.data,
-            phases,
-            encode,
-            tokenizer.pad_id,
-            window=recipe.window,
-            rank=place.data,
-            world_size=place.layout.data,
-            fill=not place.replicas_alone,
-        )
-        objective = of_own_positions(next_token_of_rows, place)
-        flops = flops_of_rows(model, phases)
-        try:
-            return train_by(recipe, part.model, loader, objective, run_dir, evaluate, flops, place, part.pipeline)
-        finally:
-            loader.close()
+    part = share_out(weights, place, lengths | measured)
+    evaluate = None
+    if recipe.held_out is not None:
+        held_out = HeldOut(recipe.held_out, encode, tokenizer.pad_id, recipe.data.row_length)
+        evaluate = partial(_measure, held_out, part)
+    loader = RowLoader(
+        recipe.data,
+        phases,
+        encode,
+        tokenizer.pad_id,
+        window=recipe.window,
+        rank=place.data,
+        world_size=place.layout.data,
+        fill=not place.replicas_alone,
+    )
+    objective = of_own_positions(next_token_of_rows, place)
+    flops = flops_of_rows(weights.outline(), phases)
+    try:
+        return part, train_by(recipe, part.model, loader, objective, run_dir, evaluate, flops, place, part.pipeline)
+    finally:
+        loader.close()
 
 
 def _measure(held_out: HeldOut, part: DistributedModel, _: Transformer, step: int) -> dict[str, float]:

@@ -3,6 +3,7 @@ adjacent pairs, so the rows of the query and key projections are reordered withi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,14 @@ from torch import Tensor
 from ..chat_template import CHAT_TEMPLATE
 from ..model import RopeScaling, Transformer, TransformerConfig
 from ..tokenizer import Tokenizer
+from .directory_weights import StoredWeights, TrainedWeights
 from .tensor_files import (
     ModelDirectoryError,
     Piece,
-    fill,
+    StoredTensors,
     integer,
     open_tensors,
     read_json,
-    save_tensors,
     shape_faults,
     write_json,
 )
@@ -65,8 +66,17 @@ def load_huggingface(path: Path, dtype: torch.dtype | None = None) -> Transforme
         dtype: None for that of the files.
 
     Raises:
-        ModelDirectoryError: see `config_from_hf` and `herdkit.text.interchange.tensor_files.fill`; no weights in
-            safetensors; an index that names anything but safetensors files beside it.
+        ModelDirectoryError: see `open_huggingface` and `herdkit.text.interchange.tensor_files.fill`.
+    """
+    return open_huggingface(path).load(dtype)
+
+
+def open_huggingface(path: Path) -> StoredWeights:
+    """The weights of such a directory, to be read.
+
+    Raises:
+        ModelDirectoryError: see `config_from_hf`; no weights in safetensors; an index that names anything but
+            safetensors files beside it.
     """
     content = read_json(path / "config.json")
     try:
@@ -83,13 +93,14 @@ def load_huggingface(path: Path, dtype: torch.dtype | None = None) -> Transforme
         wanted["lm_head.weight"] = "tok_embeddings.weight"
     for stored, name in wanted.items():
         if stored in files:
-            arrange = partial(_to_pairs, heads=heads) if (heads := _rotated_heads(config, name)) else None
-            pieces[files[stored]].append(Piece(stored, name, arrange=arrange))
+            piece = Piece(stored, name)
+            if _rotated_heads(config, name):
+                piece = Piece(stored, name, arrange=partial(_to_pairs, width=config.head_dim), block=config.head_dim)
+            pieces[files[stored]].append(piece)
         else:
             faults.append(f"{path}: missing {stored}")
     ignored = [name for name in files if name.endswith("rotary_emb.inv_freq")]
-    fill(model, pieces, dtype=dtype, ignored=ignored, faults=faults)
-    return model
+    return StoredWeights(config, StoredTensors(pieces, model.state_dict(), ignored, faults))
 
 
 def _files_by_name(path: Path) -> dict[str, Path]:
@@ -111,9 +122,9 @@ def _files_by_name(path: Path) -> dict[str, Path]:
 
 
 def save_huggingface(
-    model: Transformer, tokenizer: Tokenizer | None, path: Path, max_shard_bytes: int = 5_000_000_000
+    model: Transformer | TrainedWeights, tokenizer: Tokenizer | None, path: Path, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Fills a directory that transformers and vLLM load.
+    """Fills a directory that transformers and vLLM load. All processes that share the weights call it.
 
     Args:
         max_shard_bytes: a file holds more only where one tensor does.
@@ -123,20 +134,22 @@ def save_huggingface(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
-    state = model.state_dict()
-    shards = list(_shards(state, max_shard_bytes))
+    weights = TrainedWeights.of(model)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in weights.tensors.kinds.items()}
+    shards = list(_shards(sizes, max_shard_bytes))
     listed = {}
-    for i, shard in enumerate(shards, 1):
+    for i, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = to_hf_state_dict(model.config, shard)
-        save_tensors(tensors, path / file)
-        listed |= dict.fromkeys(tensors, file)
+        weights.write(path / file, names, partial(_to_hf, weights.config))
+        listed |= dict.fromkeys(map(hf_name, names), file)
+    if not weights.first:
+        return
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in state.values())
+        total = sum(sizes.values())
         write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))})
-    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    dtype = str(weights.tensors.kinds["tok_embeddings.weight"][1]).removeprefix("torch.")
     # transformers 4 reads the second of the two names.
-    config = config_to_hf(model.config) | {"dtype": dtype, "torch_dtype": dtype}
+    config = config_to_hf(weights.config) | {"dtype": dtype, "torch_dtype": dtype}
     if tokenizer is None:
         write_json(path / "config.json", config)
         return
@@ -145,16 +158,16 @@ def save_huggingface(
     # Sampling as the released models recommend it.
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     write_json(path / "generation_config.json", {**ids, "pad_token_id": tokenizer.pad_id, **sampling})
-    _save_tokenizer(tokenizer, path, model.config.max_seq_len)
+    _save_tokenizer(tokenizer, path, weights.config.max_seq_len)
 
 
-def _shards(state: Mapping[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
+def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    shard: list[str] = []
+    for name, size in sizes.items():
+        if shard and sum(sizes[other] for other in shard) + size > max_bytes:
             yield shard
-            shard = {}
-        shard[name] = tensor
+            shard = []
+        shard.append(name)
     yield shard
 
 
@@ -202,24 +215,25 @@ def from_hf_state_dict(config: TransformerConfig, tensors: Mapping[str, Tensor])
     converted = {}
     for name, (ours, _) in wanted.items():
         heads = _rotated_heads(config, ours)
-        converted[ours] = _to_pairs(found[name], heads) if heads else found[name]
+        converted[ours] = _to_pairs(found[name], config.head_dim) if heads else found[name]
     return converted
 
 
 def to_hf_state_dict(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a `Transformer`, or a part of it, as that of a `LlamaForCausalLM`; a tied output
     projection is left out, as in Hugging Face's own files."""
-    converted = {}
-    for name, tensor in tensors.items():
-        if heads := _rotated_heads(config, name):
-            tensor = rearrange(tensor, "(h half two) d -> (h two half) d", h=heads, two=2)
-        converted[hf_name(name)] = tensor
-    return converted
+    return dict(_to_hf(config, name, tensor) for name, tensor in tensors.items())
 
 
-def _to_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Rows in Hugging Face's order to ours."""
-    return rearrange(weight, "(h two half) d -> (h half two) d", h=heads, two=2)
+def _to_hf(config: TransformerConfig, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    if heads := _rotated_heads(config, name):
+        tensor = rearrange(tensor, "(h half two) d -> (h two half) d", h=heads, two=2)
+    return hf_name(name), tensor
+
+
+def _to_pairs(weight: Tensor, width: int) -> Tensor:
+    """Rows in Hugging Face's order to ours, of any number of heads."""
+    return rearrange(weight, "(h two half) d -> (h half two) d", half=width // 2, two=2)
 
 
 def _rotated_heads(config: TransformerConfig, name: str) -> int:

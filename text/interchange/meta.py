@@ -12,7 +12,8 @@ import torch
 from ...train.files import sync
 from ..model import RopeScaling, Transformer, TransformerConfig
 from ..tokenizer import Tokenizer
-from .tensor_files import ModelDirectoryError, Piece, fill, integer, open_tensors, read_json, write_json
+from .directory_weights import StoredWeights, TrainedWeights
+from .tensor_files import ModelDirectoryError, Piece, StoredTensors, integer, open_tensors, read_json, write_json
 
 PARAMS = "params.json"
 
@@ -28,8 +29,16 @@ def load_meta(path: Path, dtype: torch.dtype | None = None) -> Transformer:
         dtype: None for that of the files.
 
     Raises:
-        ModelDirectoryError: see `config_from_meta` and `herdkit.text.interchange.tensor_files.fill`; a file of the
-            row is not there.
+        ModelDirectoryError: see `open_meta` and `herdkit.text.interchange.tensor_files.fill`.
+    """
+    return open_meta(path).load(dtype)
+
+
+def open_meta(path: Path) -> StoredWeights:
+    """The weights of such a directory, to be read.
+
+    Raises:
+        ModelDirectoryError: see `config_from_meta`; a file of the row is not there.
     """
     files = sorted(path.glob("consolidated.*.pth"))
     expected = [path / f"consolidated.{i:02}.pth" for i in range(len(files))]
@@ -51,12 +60,13 @@ def load_meta(path: Path, dtype: torch.dtype | None = None) -> Transformer:
             ]
     except ValueError as error:
         raise ModelDirectoryError(f"{path / PARAMS}: {error}") from error
-    fill(model, pieces, dtype=dtype, ignored=["rope.freqs"])
-    return model
+    return StoredWeights(config, StoredTensors(pieces, model.state_dict(), ignored=["rope.freqs"]))
 
 
-def save_meta(model: Transformer, tokenizer: Tokenizer | None, path: Path, model_parallel: int = 1) -> None:
-    """Fills a directory that Meta's code loads.
+def save_meta(
+    model: Transformer | TrainedWeights, tokenizer: Tokenizer | None, path: Path, model_parallel: int = 1
+) -> None:
+    """Fills a directory that Meta's code loads. All processes that share the weights call it.
 
     Args:
         model_parallel: number of files: one for each rank of tensor parallelism. Beyond the number of key-value
@@ -68,21 +78,26 @@ def save_meta(model: Transformer, tokenizer: Tokenizer | None, path: Path, model
     """
     if not 1 <= model_parallel <= 100:
         raise ValueError(f"model_parallel must be between 1 and 100, not {model_parallel}")
-    config = model.config
+    weights = TrainedWeights.of(model)
+    config, names = weights.config, list(weights.tensors.kinds)
     params = config_to_meta(config)
     params["n_kv_heads"] = max(config.n_kv_heads, model_parallel)
-    write_json(path / PARAMS, params)
     for i in range(model_parallel):
         shard = {
             # Clones: a view would drag the whole tensor into the file.
-            name: tensor.detach()[shard_region(config, name, i, model_parallel)].cpu().clone()
-            for name, tensor in model.state_dict().items()
+            name: tensor[shard_region(config, name, i, model_parallel)].cpu().clone()
+            for name, tensor in weights.tensors.of_file(names)
         }
+        if not weights.tensors.writes(names):
+            continue
         if config.tie_embeddings:  # Meta's code wants both names; the file holds the numbers once.
             shard["output.weight"] = shard["tok_embeddings.weight"]
         file = path / f"consolidated.{i:02}.pth"
         torch.save(shard, file)
         sync(file)
+    if not weights.first:
+        return
+    write_json(path / PARAMS, params)
     if tokenizer is not None:
         tokenizer.save(path / "tokenizer.model")
 

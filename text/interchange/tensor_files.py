@@ -1,29 +1,32 @@
-"""Tensors from files straight into a model's parameters, file by file: what is in memory at any time is the
-model and the pages of the one file that is being read. Nothing is ever unpickled but tensors."""
+"""Tensors from files straight into a model's parameters, whole or the parts of them that a process keeps: what is in
+memory at any time is those and the pages of the one tensor that is being read, of a PyTorch file those of the file.
+Nothing is ever unpickled but tensors. And tensors into files, one after another."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import pickle
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...train.files import sync
+from ...train.portions import Kind, Portion, Region, portions
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 _DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Shape = tuple[int, ...]
 
@@ -42,12 +45,24 @@ class Piece:
         region: the part of the parameter; () is the whole. Pieces with the same target and region are copies
             of one another: the first is loaded, the others must equal it.
         arrange: from the stored order of rows to ours; keeps the shape.
+        block: rows that `arrange` takes together; it may be called on any number of such blocks.
     """
 
     name: str
     target: str
-    region: tuple[slice, ...] = ()
+    region: Region = ()
     arrange: Callable[[Tensor], Tensor] | None = None
+    block: int = 1
+
+    def read(self, opened: TensorFile, region: Region) -> Tensor:
+        """A part of the stored tensor, in our order of rows."""
+        if self.arrange is None or not region:
+            tensor = opened.read(self.name, region)
+            return tensor if self.arrange is None else self.arrange(tensor)
+        rows = region[0]
+        first, last = rows.start // self.block * self.block, -(-rows.stop // self.block) * self.block
+        blocks = self.arrange(opened.read(self.name, (slice(first, last), *region[1:])))
+        return blocks[rows.start - first : rows.stop - first]
 
 
 Pieces = Mapping[Path, Sequence[Piece]]
@@ -55,25 +70,32 @@ Pieces = Mapping[Path, Sequence[Piece]]
 
 
 class TensorFile:
-    """An open file of tensors: safetensors, or a PyTorch file (`.pth`) that is mapped and holds nothing but
-    tensors."""
+    """A file of tensors: safetensors, or a PyTorch file (`.pth`) that is mapped and holds nothing but tensors.
 
-    def __init__(self, file: Any):
-        self._file = file
+    Args:
+        opened: its tensors, or the handle of `safe_open`, from whose file they are read.
+    """
+
+    def __init__(self, file: Path, opened: Any):
+        self._file, self._opened = file, opened
 
     def names(self) -> Collection[str]:
-        return self._file.keys()
+        return self._opened.keys()
 
     def kind(self, name: str) -> tuple[Shape, torch.dtype | None]:
         """Shape and dtype of a tensor without reading it; the dtype is None where it is none that we know."""
-        if isinstance(self._file, dict):
-            return tuple(self._file[name].shape), self._file[name].dtype
-        view = self._file.get_slice(name)
+        if isinstance(self._opened, dict):
+            return tuple(self._opened[name].shape), self._opened[name].dtype
+        view = self._opened.get_slice(name)
         return tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, backed by the file's pages."""
-        return self._file[name] if isinstance(self._file, dict) else self._file.get_tensor(name)
+    def read(self, name: str, region: Region = ()) -> Tensor:
+        """The tensor, or a part of it, backed by the file's pages."""
+        if isinstance(self._opened, dict):
+            return self._opened[name][region]
+        # Of the handle at hand all pages that were ever read would stay.
+        with safe_open(self._file, "pt") as fresh:
+            return fresh.get_slice(name)[region] if region else fresh.get_tensor(name)
 
 
 @contextmanager
@@ -92,7 +114,7 @@ def open_tensors(file: Path) -> Iterator[TensorFile]:
         except (SafetensorError, OSError) as error:
             raise ModelDirectoryError(f"{file}: not a whole safetensors file ({error})") from error
         with opened as handle:
-            yield TensorFile(handle)
+            yield TensorFile(file, handle)
         return
     try:
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -101,7 +123,7 @@ def open_tensors(file: Path) -> Iterator[TensorFile]:
         raise ModelDirectoryError(f"{file}: not a whole PyTorch file of tensors alone ({reason})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ModelDirectoryError(f"{file}: holds something else than tensors by name")
-    yield TensorFile(dict(tensors))
+    yield TensorFile(file, dict(tensors))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -142,8 +164,34 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Tensors as safetensors, durable; equal tensors give equal bytes."""
-    whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(whole, file, metadata={"format": "pt"})
+    write_tensors(file, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, tensors.items())
+
+
+def write_tensors(file: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Likewise one after another, none of which is kept in memory.
+
+    Args:
+        kinds: shape and dtype of every tensor by name.
+        tensors: each once, in any order, on any device.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, places = 0, {}
+    # In the order of the safetensors library, which has large elements first to align them.
+    for name, (shape, dtype) in sorted(kinds.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+        places[name] = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [places[name], end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        start = out.tell()
+        for name, tensor in tensors:
+            assert (tuple(tensor.shape), tensor.dtype) == kinds[name]
+            out.seek(start + places.pop(name))
+            out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made
+    assert not places, f"nothing was written for {', '.join(places)}"
     sync(file)
 
 
@@ -180,42 +228,106 @@ def fill(
         ModelDirectoryError: names every tensor that is missing, surplus, ill-shaped, of an unfit type, not finite,
             or unlike its copy, and every file that is missing or cut short.
     """
-    faults = list(faults)
-    state = module.state_dict()
-    sound: dict[Path, list[Piece]] = {}
-    dtypes: set[torch.dtype | None] = set()
-    for file, group in pieces.items():
-        try:
-            with open_tensors(file) as opened:
-                kinds = {name: opened.kind(name) for name in opened.names() if name not in ignored}
-        except ModelDirectoryError as error:
-            faults.append(f"{error}, and should hold {_span(group)}")
-            continue
-        sound[file] = _fitting(file, group, kinds, state, faults)
-        dtypes |= {stored for _, stored in kinds.values()}
-    fits = not faults
-    if fits and any(tensor.is_meta for tensor in state.values()):
-        module.to(dtype or _widest(dtypes)).to_empty(device="cpu")
+    StoredTensors(pieces, module.state_dict(), ignored, faults).fill(module, dtype)
+
+
+class StoredTensors:
+    """Tensors in files, which are looked at here and read later.
+
+    Args:
+        pieces: that together make up all of `wanted`.
+        wanted: by name, of the shape and dtype that they are to have, whole; any floating-point dtype will do where one
+            is wanted.
+        ignored, faults: as in `fill`.
+
+    Attributes:
+        faults: all that is known to be wrong.
+    """
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        wanted: Mapping[str, Tensor],
+        ignored: Collection[str] = (),
+        faults: Sequence[str] = (),
+    ):
+        self.faults = list(faults)
+        self._sound: dict[Path, list[Piece]] = {}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        self._dtypes: set[torch.dtype | None] = set()
+        for file, group in pieces.items():
+            try:
+                with open_tensors(file) as opened:
+                    kinds = {name: opened.kind(name) for name in opened.names() if name not in ignored}
+            except ModelDirectoryError as error:
+                self.faults.append(f"{error}, and should hold {_span(group)}")
+                continue
+            self._sound[file] = _fitting(file, group, kinds, wanted, self.faults)
+            self._dtypes |= {stored for _, stored in kinds.values()}
+
+    def fill(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Fills a whole module; see the function of this name."""
         state = module.state_dict()
-    first: dict[tuple, str] = {}
-    for file, group in sound.items():
-        with open_tensors(file) as opened:
-            for piece in group:
-                tensor = opened.read(piece.name)
-                if fits:
-                    place = state[piece.target][piece.region]
-                    tensor = tensor if piece.arrange is None else piece.arrange(tensor)
-                    key = (piece.target, *((part.start, part.stop) for part in piece.region))
-                    if key not in first:
-                        first[key] = f"{piece.name} in {file.name}"
-                        place.copy_(tensor)
-                    elif not torch.equal(place, tensor.to(place)):
-                        faults.append(f"{file}: {piece.name} differs from {first[key]}, of which it is a copy")
-                    tensor = place
-                if not _finite(tensor):
-                    faults.append(f"{file}: {piece.name} holds values that are not finite in {tensor.dtype}")
-    if faults:
-        raise ModelDirectoryError("; ".join(faults))
+        if self.faults:
+            self.read(None)
+        elif any(tensor.is_meta for tensor in state.values()):
+            module.to(dtype or _widest(self._dtypes)).to_empty(device="cpu")
+            state = module.state_dict()
+        self.read(portions(state))
+
+    def read(self, into: Mapping[str, Portion] | None) -> None:
+        """Fills what a process keeps of some of the tensors. Of the others nothing is read.
+
+        Args:
+            into: by name; None reads everything to find what is wrong with it.
+
+        Raises:
+            ModelDirectoryError: see `fill`; what is wrong with the numbers, in what was read of them.
+        """
+        faults = list(self.faults)
+        first: dict[tuple, str] = {}
+        for file, group in self._sound.items():
+            with open_tensors(file) as opened:
+                for piece in group:
+                    if into is None:
+                        found = opened.read(piece.name)
+                    elif piece.target not in into or (cut := self._cut(piece, into[piece.target].region)) is None:
+                        continue
+                    else:
+                        found = into[piece.target].tensor[cut.kept]
+                        stored = piece.read(opened, cut.stored)
+                        key = (piece.target, *((part.start, part.stop) for part in piece.region))
+                        if key not in first:
+                            first[key] = f"{piece.name} in {file.name}"
+                            found.copy_(stored)
+                        elif not torch.equal(found, stored.to(found)):
+                            faults.append(f"{file}: {piece.name} differs from {first[key]}, of which it is a copy")
+                    if not _finite(found):
+                        faults.append(f"{file}: {piece.name} holds values that are not finite in {found.dtype}")
+        if faults:
+            raise ModelDirectoryError("; ".join(faults))
+
+    def _cut(self, piece: Piece, kept: Region) -> _Cut | None:
+        """Where what a process keeps of a tensor and what a piece has of it are the same; None: nowhere."""
+        sizes = self._shapes[piece.target]
+        stored = *piece.region, *(slice(0, size) for size in sizes[len(piece.region) :])
+        both = []
+        for whole, mine, its in zip(sizes, kept, stored, strict=True):
+            start, stop, _ = its.indices(whole)
+            both.append((max(start, mine.start), min(stop, mine.stop), mine.start, start))
+        if any(start >= stop for start, stop, _, _ in both):
+            return None
+        return _Cut(
+            tuple(slice(start - mine, stop - mine) for start, stop, mine, _ in both),
+            tuple(slice(start - its, stop - its) for start, stop, _, its in both),
+        )
+
+
+class _Cut(NamedTuple):
+    """Part of a tensor, in the coordinates of what a process keeps and in those of a stored piece."""
+
+    kept: Region
+    stored: Region
 
 
 def _fitting(

@@ -7,17 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...data.dialogs import dialog_sample
 from ...data.shards import Sample
 from ...data.sources import DataConfig, open_loader
-from ...train.parallel import rank
 from ...train.place import Place
 from ...train.recipe import Stage, StageRecipe, train_by
 from ..dialog import encode_dialog
-from ..distribute import distributed, of_own_positions
-from ..model_directory import load_text, save_text
+from ..distribute import of_own_positions, share_out
+from ..model_directory import open_text, save_text
 from ..objective import next_token
 from ..rows import Document, TokenBatch, pack_documents
 from ..tokenizer import Tokenizer
@@ -63,19 +60,16 @@ def run(recipe: SFTRecipe, run_dir: Path) -> dict[str, Any]:
     Raises:
         LayoutError: `recipe.parallel` does not divide the processes, the model or the rows.
     """
-    torch.manual_seed(recipe.trainer.seed)
-    model, tokenizer = load_text(recipe.init, torch.float32)
+    weights, tokenizer = open_text(recipe.init)
     place = Place(recipe.parallel)
     batch_size = recipe.trainer.micro_batch_size(place.layout.data)
     collate = DialogTextCollator(tokenizer, recipe.data.row_length)
     loader = open_loader(
         recipe.data, collate, batch_size, place.data, place.layout.data, drop_last=not place.replicas_alone
     )
-    with distributed(model, place, [recipe.data.row_length]) as part:
-        objective = of_own_positions(next_token, place)
-        result = train_by(recipe, part.model, loader, objective, run_dir, place=place, pipeline=part.pipeline)
-    if rank() == 0:
-        save_text(model, tokenizer, run_dir / "model")
+    part = share_out(weights, place, [recipe.data.row_length])
+    result = train_by(recipe, part.model, loader, of_own_positions(next_token, place), run_dir, place=place, pipeline=part.pipeline)
+    save_text(part.weights(), tokenizer, run_dir / "model")
     return result
 
 
