@@ -9,8 +9,15 @@ import pytest
 import torch
 from herdkit.adapters import compose
 from herdkit.text import Transformer, TransformerConfig
-from herdkit.text.interchange.tensor_files import ModelDirectoryError, Piece, fill
-from safetensors.torch import save_file
+from herdkit.text.interchange.tensor_files import (
+    ModelDirectoryError,
+    Piece,
+    StoredTensors,
+    fill,
+    save_tensors,
+)
+from herdkit.train.portions import Portion
+from safetensors.torch import save, save_file
 from torch import nn
 
 MiB = 2**20
@@ -98,3 +105,32 @@ def test_building_draws_no_random_numbers(make_model, tmp_path):
     state = torch.get_rng_state()
     herdkit.load(path)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5), "a": torch.randn(4).bfloat16(), "ä": torch.randn(2, 3).T, "empty": torch.ones(0, 2),
+        "flags": torch.tensor([True, False]), "scalar": torch.tensor(3.5), "count": torch.arange(3),
+    }  # fmt: skip
+    save_tensors(tensors, tmp_path / "x.safetensors")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert (tmp_path / "x.safetensors").read_bytes() == save(contiguous, {"format": "pt"})
+
+
+def test_any_region_is_read_from_blocks_of_rows_in_another_order(tmp_path):
+    """A parameter in two files, the rows of each turned round within blocks of four."""
+    whole = torch.randn(16, 6)
+    pieces = {}
+    for i, region in enumerate(((slice(0, 8),), (slice(8, 16),))):
+        file = tmp_path / f"{i}.safetensors"
+        save_file({"x": whole[region].unflatten(0, (-1, 4)).flip(1).flatten(0, 1)}, file)
+        pieces[file] = [
+            Piece("x", "w", region, arrange=lambda x: x.unflatten(0, (-1, 4)).flip(1).flatten(0, 1), block=4)
+        ]
+    stored = StoredTensors(pieces, {"w": whole})
+    for rows in ((0, 16), (3, 6), (5, 11), (8, 8), (9, 10), (15, 16)):
+        for columns in ((0, 6), (2, 3)):
+            region = slice(*rows), slice(*columns)
+            kept = torch.zeros(rows[1] - rows[0], columns[1] - columns[0])
+            stored.read({"w": Portion(kept, region)})
+            assert torch.equal(kept, whole[region])
