@@ -54,6 +54,14 @@ def shard_block(block: nn.Module, place: Place, reshard: bool, methods: Sequence
         register_fsdp_forward_method(block, method)
 
 
+def give_back_gathered(model: nn.Module) -> None:
+    """Drops weights that a forward pass gathered and no backward pass followed: until then the parameters of the model
+    are others than those that train."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole_tensors(model: nn.Module, place: Place) -> Iterator[tuple[str, Tensor]]:
     """The parameters of all stages, whole, one after another, on every process. All processes go through them."""
     own = dict(model.named_parameters())

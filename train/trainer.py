@@ -43,6 +43,7 @@ from .replicas import replicated_state, require_equal
 from .run_directory import RunDirectoryError, open_run, read_result
 from .saving import CheckpointWriter
 from .schedule import fraction
+from .sharding import give_back_gathered
 from .stage_copies import StageCopies
 from .state import (
     capture,
@@ -407,6 +408,8 @@ class _Run:
         self.model.eval()
         with self.meters.pause(), same_random_afterwards(), torch.no_grad(), self.autocast:
             self.evaluation = self.evaluate(self.model, self.step)
+        for module in (self.model, *(self.pipeline.stages.values() if self.pipeline else ())):
+            give_back_gathered(module)
         set_modes(self.model)
         self.meters.log_evaluation(self.step, self.evaluation)
 

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from herdkit.text.anneal import AnnealRecipe, probe, run
 from herdkit.text.held_out import HeldOut, HeldOutConfig
 from herdkit.text.model_directory import load_text, save_text
 from herdkit.text.row_stage import document_encoder
-from herdkit.train import CheckpointError, OptimizerConfig, ScheduleConfig, TrainerConfig, dump
+from herdkit.train import CheckpointError, FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, dump
 from herdkit.train.averaging import average_checkpoints
 from herdkit.train.checkpoint import list_checkpoints, load_tensors
+from herdkit.train.layout import ParallelConfig
+
+PROGRAM = Path(__file__).with_name("pretraining.py")
 
 WORDS = {"old": ["red", "green", "blue"], "new": ["one", "two", "three"], "noise": list("qxzvkjw")}
 
@@ -77,6 +82,26 @@ def test_the_result_is_the_mean_of_the_checkpoints(recipe, made, tmp_path):
         assert not torch.equal(stored[0], stored[1])
     again = run(recipe, tmp_path)
     assert again == result, "a finished run gives the same"
+
+
+def test_processes_that_share_the_model_average_and_measure_their_parts(recipe, finish_program, tmp_path):
+    recipe = dataclasses.replace(
+        recipe,
+        average=2,
+        freeze=[FreezeRule(pattern="layers.0.*", trainable=False, from_step=4)],  # right after an evaluation
+        trainer=TrainerConfig(steps=8, batch_size=8, checkpoint_every=4, evaluate_every=4),
+    )
+    alone = run(recipe, tmp_path / "alone")
+    wanted = load_text(tmp_path / "alone" / "model")[0].state_dict()
+    shared = dataclasses.replace(recipe, parallel=ParallelConfig(shard=2))
+    assert finish_program(PROGRAM, 2, stage="anneal", recipe=shared, run_dir=str(tmp_path / "shared")) == [0, 0]
+    result = json.loads((tmp_path / "shared" / "returned.json").read_text())
+    assert result["averaged_steps"] == alone["averaged_steps"] == [8, 4]
+    for key in ("evaluation", "averaged_evaluation"):
+        assert result[key] == pytest.approx(alone[key], rel=1e-4)
+    found = load_text(tmp_path / "shared" / "model")[0].state_dict()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-4)
 
 
 def test_too_few_checkpoints_are_refused(recipe, made, tmp_path):
