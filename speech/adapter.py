@@ -233,8 +233,9 @@ class SpeechAdapter(Adapter):
         x = self.shorten(encoded.transpose(1, 2)).transpose(1, 2).to(self.begin.dtype)
         lengths = (lengths + config.conv_stride - 1) // config.conv_stride
         valid = valid_frames(lengths, x.shape[1])
-        rotation = rotations(x.shape[1], config.dim // config.n_heads, config.rope_theta, x.device)
-        x = x + self.attention(self.attention_norm(x), rotation, valid)
+        positions = torch.arange(x.shape[1], device=x.device)
+        rotation = rotations(positions, config.dim // config.n_heads, config.rope_theta)
+        x = x + self.attention(self.attention_norm(x), rotation, valid[:, None, None, :])
         x = x + self.feed_forward(self.ffn_norm(x))
         x = self.output_norm(self.output(x).to(x.dtype)).masked_fill(~valid[..., None], 0)
 

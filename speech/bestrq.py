@@ -110,7 +110,8 @@ class BestRQ(nn.Module):
         Returns:
             The cross-entropies summed over hidden frames and codebooks, their number, and metrics as
             (sum, count): `accuracy`; `masked_share`, of the mel frames; `codes_used`, different codes among
-            the targets of this batch in each codebook (few of them: the features are not normalised).
+            the targets of this batch in each codebook; `code_usage`, that as a share of what as many even draws would
+            hit (small: the features are not normalised, or nobody speaks).
         """
         config, encoder = self.config, self.encoder
         size = features.shape[1]
@@ -131,8 +132,14 @@ class BestRQ(nn.Module):
             "accuracy": ((logits.detach().argmax(dim=-1) == targets).sum(), targets.numel()),
             "masked_share": (hidden.sum(), frames.sum()),
             "codes_used": (used.sum(), config.n_codebooks),
+            "code_usage": (used.sum() / max(expected_codes(len(targets), config.n_codes), 1), config.n_codebooks),
         }
         return loss_sum, targets.numel(), metrics
+
+
+def expected_codes(draws: int, n_codes: int) -> float:
+    """How many different codes so many even draws hit on average."""
+    return n_codes * -math.expm1(draws * math.log1p(-1 / n_codes)) if n_codes > 1 else min(draws, 1)
 
 
 def span_mask(

@@ -6,7 +6,8 @@ heads, Dh width of a head.
 
 Where the paper is silent: the wiring is Gulati et al.'s (arXiv 2005.08100; half feed-forward, attention,
 convolution, half feed-forward, norm), with LayerNorm in place of BatchNorm, so that no utterance depends on
-its batch; attention is over the whole utterance.
+its batch; attention is over the whole utterance. With `chunk_frames` the encoder can run while the utterance is
+spoken, see `herdkit.speech.streaming`; the paper's does not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class ConformerConfig:
         dropout: on every branch before it joins the residual stream; the paper names none.
         rope_theta: base of the rotary frequencies.
         norm_eps: epsilon of LayerNorm.
+        chunk_frames: encoder frames of a chunk. A frame then attends to its own chunk and to the `left_frames` before
+            that, and the convolution to frames before alone. None: attention over the whole utterance, and a
+            convolution that is centred.
+        left_frames: see there; needed with `chunk_frames`, and only there.
     """
 
     n_mels: int = 80
@@ -47,6 +52,8 @@ class ConformerConfig:
     dropout: float = 0.0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    chunk_frames: int | None = None
+    left_frames: int | None = None
 
     def __post_init__(self):
         for name in ("n_mels", "stack", "dim", "n_layers", "n_heads", "ffn_dim", "conv_kernel"):
@@ -58,6 +65,12 @@ class ConformerConfig:
             raise ValueError(f"conv_kernel must be odd, not {self.conv_kernel}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if (self.chunk_frames is None) != (self.left_frames is None):
+            raise ValueError("chunk_frames and left_frames go together: give both, or neither")
+        if self.chunk_frames is not None and self.chunk_frames < 1:
+            raise ValueError(f"chunk_frames must be at least 1, not {self.chunk_frames}")
+        if self.left_frames is not None and self.left_frames < 0:
+            raise ValueError(f"left_frames must be at least 0, not {self.left_frames}")
 
     def length(self, frames: int) -> int:
         """Encoder frames of an utterance of so many mel frames: the tail counts, filled up with zeros."""
@@ -98,15 +111,31 @@ def stack_frames(features: Tensor, frames: Tensor, stack: int) -> tuple[Tensor, 
     return features.unflatten(1, (-1, stack)).flatten(2), (frames + stack - 1) // stack
 
 
-def rotations(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers (length, 1, 1, Dh / 2) that turn each pair of lanes by its frame's angle.
+def rotations(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Unit complex numbers (..., T, 1, 1, Dh / 2) that turn each pair of lanes by its frame's angle, for positions
+    (..., T) int64.
 
     Computed at every forward pass: a buffer would be lost by construction on the meta device and rounded by
     `model.to(torch.bfloat16)`.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
-    angles = torch.arange(length, device=device)[:, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angles = positions[..., None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles)[..., None, None, :]
+
+
+def attended(lengths: Tensor, size: int, chunk: int | None, left: int | None) -> Tensor:
+    """(N, 1, 1 or T, T) bool, True where the frame (second to last dimension) attends to the other (last).
+
+    With chunks, frames of the padding see themselves: a softmax over nothing would give NaN, which a weight of 0 in
+    other frames' sums does not remove.
+    """
+    valid = valid_frames(lengths, size)[:, None, None, :]
+    if chunk is None or left is None:
+        return valid
+    place = torch.arange(size, device=lengths.device)
+    begin = place - place % chunk
+    window = (place >= begin[:, None] - left) & (place < begin[:, None] + chunk)
+    return (window & valid) | (place == place[:, None])
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -119,7 +148,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Rotary self-attention over the whole utterance. Also the adapter's."""
+    """Rotary self-attention. Also the adapter's."""
 
     def __init__(self, dim: int, n_heads: int, *, bias: bool):
         super().__init__()
@@ -127,13 +156,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, rotation: Tensor, valid: Tensor) -> Tensor:
-        """x (N, T, D), rotation of `rotations`, valid (N, T) bool: the frames that may be attended to."""
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, D) and its `rotations` to queries, keys and values, each (N, H, T, Dh)."""
         qk, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).split((2, 1), dim=2)
         q, k = rotate(qk, rotation).to(v.dtype).transpose(1, 3).unbind(2)
-        v = v.squeeze(2).transpose(1, 2)
-        out = dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
+        return q, k, v.squeeze(2).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+        """Queries (N, H, T, Dh), keys and values (N, H, S, Dh) and sees (N, 1, 1 or T, S) bool to (N, T, D)."""
+        out = dot_product_attention(q, k, v, attn_mask=sees)
         return self.out(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, rotation: Tensor, sees: Tensor) -> Tensor:
+        """x (N, T, D), rotation of `rotations`, sees of `attended`."""
+        return self.attend(*self.project(x, rotation), sees)
 
 
 class FeedForward(nn.Module):
@@ -157,16 +193,27 @@ class Convolution(nn.Module):
         self.depthwise = nn.Conv1d(config.dim, config.dim, config.conv_kernel, groups=config.dim)
         self.depthwise_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.pointwise_out = nn.Linear(config.dim, config.dim)
+        self.causal = config.chunk_frames is not None
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        # The biases before this line have refilled the padding, which the depthwise kernel would see.
-        x = F.glu(self.pointwise_in(self.norm(x)), dim=-1).masked_fill(~valid[..., None], 0)
+    def gate(self, x: Tensor, valid: Tensor) -> Tensor:
+        """What the depthwise kernel sees of x (N, T, D)."""
+        # The biases before this line have refilled the padding, which the kernel would see.
+        return F.glu(self.pointwise_in(self.norm(x)), dim=-1).masked_fill(~valid[..., None], 0)
+
+    def mix(self, gated: Tensor, padding: int) -> Tensor:
+        """Depthwise convolution over time, with so many zeros at both ends, and what follows it."""
         # A 2-D convolution over a channels-last view: no transposes, a third of conv1d's time on a CPU.
-        image = x.unsqueeze(2).permute(0, 3, 1, 2)
-        weight, padding = self.depthwise.weight.unsqueeze(-1), self.depthwise.kernel_size[0] // 2
+        image = gated.unsqueeze(2).permute(0, 3, 1, 2)
+        weight = self.depthwise.weight.unsqueeze(-1)
         image = F.conv2d(image, weight, self.depthwise.bias, padding=(padding, 0), groups=image.shape[1])
         x = image.permute(0, 2, 3, 1).squeeze(2)
         return self.pointwise_out(F.silu(self.depthwise_norm(x)))
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        gated, reach = self.gate(x, valid), self.depthwise.kernel_size[0] - 1
+        if self.causal:
+            return self.mix(F.pad(gated, (0, 0, reach, 0)), 0)
+        return self.mix(gated, reach // 2)
 
 
 class ConformerBlock(nn.Module):
@@ -180,9 +227,10 @@ class ConformerBlock(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, valid: Tensor, sees: Tensor) -> Tensor:
+        """x (N, T, D), its `rotations`, valid (N, T) bool, sees of `attended`."""
         x = torch.add(x, self.dropout(self.ffn_in(x)), alpha=0.5)
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, valid))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, sees))
         x = x + self.dropout(self.convolution(x, valid))
         x = torch.add(x, self.dropout(self.ffn_out(x)), alpha=0.5)
         return self.norm(x)
@@ -208,11 +256,13 @@ class Conformer(nn.Module):
         Returns:
             (N, T, D), zeros beyond each utterance, and the lengths (N,), T = ceil(F / stack).
         """
-        stacked, lengths = stack_frames(features, frames, self.config.stack)
-        T, head_dim = stacked.shape[1], self.config.dim // self.config.n_heads
-        valid = valid_frames(lengths, T)
-        rotation = rotations(T, head_dim, self.config.rope_theta, stacked.device)
+        config = self.config
+        stacked, lengths = stack_frames(features, frames, config.stack)
+        T = stacked.shape[1]
+        valid, sees = valid_frames(lengths, T), attended(lengths, T, config.chunk_frames, config.left_frames)
+        positions = torch.arange(T, device=stacked.device)
+        rotation = rotations(positions, config.dim // config.n_heads, config.rope_theta)
         x = self.dropout(self.input(stacked))
         for block in self.blocks:
-            x = block(x, rotation, valid)
+            x = block(x, rotation, valid, sees)
         return x.masked_fill(~valid[..., None], 0), lengths

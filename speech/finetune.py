@@ -1,31 +1,37 @@
-"""Supervised training of the speech encoder and adapter through the frozen language model, on transcription and
-spoken dialogue together (section 8.3.1)."""
+"""Supervised training of the speech encoder and adapter through the frozen language model, on transcription,
+translation and spoken dialogue together (section 8.3.1)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.batching import Batch, DialogCollator
+from ..adapters.batching import Batch, DialogCollator, DialogEncoder
 from ..adapters.compose import ComposedModel
 from ..adapters.contract import Contribution, ModalityBatch
 from ..adapters.projector import embedding_scale
 from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
+from ..data.dialogs import Part, dialog_sample
+from ..data.media import load_audio
 from ..data.shards import Sample
 from ..text.model_directory import load_part
 from ..text.objective import Metrics, token_loss
-from ..text.rows import IGNORE
+from ..text.rows import IGNORE, TokenBatch, lay_out
 from ..text.tokenizer import Tokenizer
 from ..train.parallel import whole
 from ..train.recipe import Stage
 from .adapter import SpeechAdapter, SpeechAdapterConfig
+from .augment import WaveformAugmentConfig, augment_waveform
 from .ctc import ctc_loss, least_frames
+from .distil import distillation_loss
 from .features import SpecAugmentConfig, spec_augment
 
 
@@ -46,7 +52,12 @@ class SpeechRecipe(AdapterRecipe):
             paper; both shorten the way by far.
         blank: text of the token that stands where no word is heard, for the alignment; the language model should
             have learned to read past it.
+        distil_weight: of the divergence of the language model's answer from the one that it gives to the transcript in
+            place of the recording; see `herdkit.speech.distil`. It needs no right answers: with an `answer_weight` of 0
+            the dialogs' answers only say over which tokens it is taken. Not with packed rows.
+        distil_temperature: see there.
         augment: masks of SpecAugment; None for none.
+        waveform_augment: speed and noise of the recordings; None for none.
     """
 
     adapter: SpeechAdapterConfig | None = None
@@ -55,7 +66,19 @@ class SpeechRecipe(AdapterRecipe):
     ctc_weight: float = 0.0
     alignment_weight: float = 0.0
     blank: str = " ."
+    distil_weight: float = 0.0
+    distil_temperature: float = 1.0
     augment: SpecAugmentConfig | None = field(default_factory=SpecAugmentConfig)
+    waveform_augment: WaveformAugmentConfig | None = None
+
+    def __post_init__(self):
+        for name in ("answer_weight", "ctc_weight", "alignment_weight", "distil_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.distil_temperature <= 0:
+            raise ValueError(f"distil_temperature must be positive, not {self.distil_temperature}")
+        if self.distil_weight and self.data.packed:
+            raise ValueError("distil_weight goes with a row for each sample; set data.packed to false")
 
 
 @dataclass
@@ -82,10 +105,12 @@ class Transcripts:
 @dataclass(kw_only=True)
 class SpeechBatch(Batch):
     """A batch with the transcripts of its utterances, in the order of the speech inputs: as tokens of the language
-    model, and as bytes."""
+    model, and as bytes. `written` has the same dialogs with the transcripts in place of the recordings, for
+    distillation."""
 
     tokens_said: Transcripts
     bytes_said: Transcripts
+    written: TokenBatch | None = None
 
     def to(self, device) -> SpeechBatch:
         moved = super().to(device)
@@ -94,6 +119,7 @@ class SpeechBatch(Batch):
             inputs=moved.inputs,
             tokens_said=self.tokens_said.to(device),
             bytes_said=self.bytes_said.to(device),
+            written=None if self.written is None else self.written.to(device),
         )
 
 
@@ -103,11 +129,23 @@ class SpeechCollator(DialogCollator):
     Args:
         spelled: a CTC loss will spell the words in bytes off the encoder's frames.
         aligned: one will read them in tokens off the soft tokens.
+        distilled: the language model will read them as well.
+        augment: how recordings are changed, drawn from `seed` and the sample's position.
     """
 
-    def __init__(self, *given: Any, spelled: bool = False, aligned: bool = False, **options: Any):
+    def __init__(
+        self,
+        *given: Any,
+        spelled: bool = False,
+        aligned: bool = False,
+        distilled: bool = False,
+        augment: WaveformAugmentConfig | None = None,
+        seed: int = 0,
+        **options: Any,
+    ):
         super().__init__(*given, **options)
-        self.spelled, self.aligned = spelled, aligned
+        self.spelled, self.aligned, self.distilled = spelled, aligned, distilled
+        self.augment, self.seed = augment, seed
 
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> SpeechBatch:
         """
@@ -115,7 +153,7 @@ class SpeechCollator(DialogCollator):
             ValueError: a sample has no transcript, not exactly one recording, or more words than a CTC loss can read
                 off it.
         """
-        batch = super().__call__(samples)
+        batch = super().__call__([(position, self._augmented(position, sample)) for position, sample in samples])
         for _, sample in samples:
             if "txt" not in sample.members:
                 raise ValueError(f"{sample.shard}: sample {sample.key} has no member 'txt' with its transcript")
@@ -140,19 +178,48 @@ class SpeechCollator(DialogCollator):
             inputs=batch.inputs,
             tokens_said=Transcripts.of(in_tokens),
             bytes_said=Transcripts.of(in_bytes),
+            written=self._written([sample for _, sample in samples], said) if self.distilled else None,
         )
 
+    def lengths(self, sample: Sample) -> list[int]:
+        """As of `DialogCollator`; the longest that augmentation can make of it."""
+        longest = 1.0 if self.augment is None else self.augment.longest
+        return [math.ceil(length * longest) for length in super().lengths(sample)]
 
-@dataclass
+    def _augmented(self, position: int, sample: Sample) -> Sample:
+        if self.augment is None:
+            return sample
+        rng, prepare = Random(f"{self.seed}/{position}"), self.ports["audio"].prepare
+        rate: int = prepare.config.features.sample_rate  # type: ignore[attr-defined]
+        members: dict[str, Any] = dict(sample.members)
+        for part in (part for message in dialog_sample(sample, tuple(self.ports)) for part in message.media):
+            name = next(name for name, content in sample.members.items() if content is part.media)
+            members[name] = augment_waveform(load_audio(part.media, rate), rate, self.augment, rng)
+        return replace(sample, members=members)
+
+    def _written(self, samples: Sequence[Sample], said: Sequence[str]) -> TokenBatch:
+        encoder, rows = DialogEncoder(self.tokenizer, {}), []
+        for sample, words in zip(samples, said, strict=True):
+            messages = dialog_sample(sample, tuple(self.ports))
+            for message in messages:
+                message.parts = [Part("text", text=words) if part.type == "audio" else part for part in message.parts]
+            rows.append([encoder.document(messages, f"{sample.shard}: sample {sample.key}")])
+        return lay_out(rows, self.tokenizer.pad_id)
+
+
+@dataclass(kw_only=True)
 class SpeechObjective:
-    """Next-token loss of the answers and the CTC losses, weighted as in the recipe and summed over tokens; the count is
-    that of the answers' tokens. `blank` is a token of the language model."""
+    """Next-token loss of the answers, divergence from the answers to the written words, and the CTC losses, weighted as
+    in the recipe and summed over tokens; the count is that of the answers' tokens. `blank` is a token of the language
+    model."""
 
-    answer_weight: float
-    ctc_weight: float
-    alignment_weight: float
-    blank: int
-    augment: SpecAugmentConfig | None
+    answer_weight: float = 1.0
+    ctc_weight: float = 0.0
+    alignment_weight: float = 0.0
+    blank: int = -1
+    distil_weight: float = 0.0
+    distil_temperature: float = 1.0
+    augment: SpecAugmentConfig | None = None
 
     def __call__(self, model: ComposedModel, batch: SpeechBatch) -> tuple[Tensor, Tensor, Metrics]:
         speech: SpeechAdapter = model.adapters["speech"]  # type: ignore[assignment]
@@ -165,12 +232,17 @@ class SpeechObjective:
         embeddings = whole(model.text.tok_embeddings.weight)
         count = (batch.labels != IGNORE).sum()
         loss, metrics = bridged.new_zeros(()), {}
-        if self.answer_weight:
+        if self.answer_weight or self.distil_weight:
             given = {"speech": Contribution(soft_tokens=speech.soft_tokens(bridged, soft_lengths, embeddings))}
             hidden = model.hidden(batch.tokens, batch.inputs, documents=batch.documents, contributions=given)
-            answered, count, metrics = token_loss(model.text, hidden, batch.labels)
-            metrics |= {"answer_loss": (answered.detach(), count)}
-            loss = self.answer_weight * answered
+            if self.answer_weight:
+                answered, count, metrics = token_loss(model.text, hidden, batch.labels)
+                metrics |= {"answer_loss": (answered.detach(), count)}
+                loss = self.answer_weight * answered
+            if self.distil_weight:
+                divergence = self._divergence(model, batch, hidden)
+                metrics |= {"divergence": (divergence.detach(), count)}
+                loss = loss + self.distil_weight * divergence
         if self.ctc_weight:
             # Class 0 is the blank, so that the byte b is class b + 1.
             said = batch.bytes_said
@@ -186,6 +258,13 @@ class SpeechObjective:
             loss = loss + self.alignment_weight * aligned
         return loss, count, metrics
 
+    def _divergence(self, model: ComposedModel, batch: SpeechBatch, heard: Tensor) -> Tensor:
+        assert batch.written is not None
+        with torch.no_grad():
+            read = model.text.hidden(batch.written.tokens, documents=batch.written.documents)
+        states = heard[batch.labels != IGNORE], read[batch.written.labels != IGNORE]
+        return distillation_loss(*states, whole(model.text.output_weight), self.distil_temperature)
+
 
 def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     """Trains the speech adapter and its encoder on dialogs and writes `run_dir/model`.
@@ -194,8 +273,11 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         ValueError: `adapter` is given and `init` has one, or the other way round; `blank` is not one token; every
             loss has weight 0.
     """
-    if not (recipe.answer_weight or recipe.ctc_weight or recipe.alignment_weight):
-        raise ValueError("answer_weight, ctc_weight and alignment_weight are all 0: nothing would be learned")
+    weights = {
+        name: getattr(recipe, name) for name in ("answer_weight", "ctc_weight", "alignment_weight", "distil_weight")
+    }
+    if not any(weights.values()):
+        raise ValueError(f"{', '.join(weights)} are all 0: nothing would be learned")
     torch.manual_seed(recipe.trainer.seed)
     model = initial_model(recipe)
     if (recipe.adapter is None) != ("speech" in model.modalities):
@@ -205,9 +287,17 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
     if recipe.adapter is not None:
         model.attach(new_adapter(recipe, recipe.adapter, model, blank))
-    weights = recipe.answer_weight, recipe.ctc_weight, recipe.alignment_weight
-    objective = SpeechObjective(*weights, blank, recipe.augment)
-    collator = partial(SpeechCollator, spelled=recipe.ctc_weight > 0, aligned=recipe.alignment_weight > 0)
+    objective = SpeechObjective(
+        **weights, blank=blank, distil_temperature=recipe.distil_temperature, augment=recipe.augment
+    )
+    collator = partial(
+        SpeechCollator,
+        spelled=recipe.ctc_weight > 0,
+        aligned=recipe.alignment_weight > 0,
+        distilled=recipe.distil_weight > 0,
+        augment=recipe.waveform_augment,
+        seed=recipe.trainer.seed,
+    )
     return train_on_dialogs(recipe, model, run_dir, objective, collator)
 
 

@@ -1,6 +1,8 @@
 import io
 import math
+from pathlib import Path
 
+import herdkit
 import numpy as np
 import pytest
 import soundfile
@@ -16,14 +18,16 @@ from herdkit.speech import (
     bestrq,
     log_mel,
     pad_features,
+    pretrain,
     random_crop,
 )
-from herdkit.speech.bestrq import fully_hidden, span_mask
+from herdkit.speech.bestrq import expected_codes, fully_hidden, span_mask
 from herdkit.speech.conformer import stack_frames
-from herdkit.speech.pretrain import AudioCollator, BestRQRecipe, pretrain_encoder
+from herdkit.speech.pretrain import AudioCollator, BestRQObjective, BestRQRecipe, CodeUsageError, pretrain_encoder
 from herdkit.train.config import load_recipe
 
 FRAMES = torch.tensor([90, 33, 61, 2])
+TINY_RECIPE = Path(herdkit.__file__).parent / "speech/recipes/tiny_bestrq.yaml"
 TINY = {"n_codebooks": 3, "n_codes": 17, "code_dim": 5}
 
 
@@ -267,6 +271,34 @@ def test_normalised_features_use_many_codes_and_raw_ones_few():
         used[normalize] = int(total) / books / (count / books)
     assert used["utterance"] > 0.4, used
     assert used["none"] < 0.5 * used["utterance"], used
+
+
+def test_usage_is_the_share_of_the_codes_that_even_draws_would_hit():
+    draws = [len(set(np.random.default_rng(seed).integers(0, 50, 70).tolist())) for seed in range(400)]
+    assert expected_codes(70, 50) == pytest.approx(np.mean(draws), rel=0.01)
+    assert (expected_codes(0, 50), expected_codes(3, 1)) == (0, 1)
+    model, x = tiny(n_codes=64), features()
+    _, count, metrics = model(x, FRAMES, generator())
+    (used, books), (usage, _) = metrics["codes_used"], metrics["code_usage"]
+    assert float(usage) / books == pytest.approx(int(used) / books / expected_codes(count // books, 64))
+    model.projections.zero_()
+    assert model(x, FRAMES, generator())[2]["codes_used"][0] == books, "all targets are one code"
+
+
+def test_a_run_whose_targets_use_few_codes_stops_and_says_why():
+    model, batch = tiny(n_codes=64), {"features": features(), "frames": FRAMES}
+    good, bad = BestRQObjective(0.3), BestRQObjective(0.3)
+    for _ in range(2 * pretrain.PATIENCE):
+        good(model, batch)
+    model.projections.zero_()
+    BestRQObjective(0.0)(model, batch)
+    for step in range(pretrain.PATIENCE - 1):
+        assert bad.low == step
+        bad(model, batch)
+    with pytest.raises(CodeUsageError, match=r"use \d\.\d% of the codes .* below least_code_usage \(30\.0%\)"):
+        bad(model, batch)
+    with pytest.raises(ValueError, match="least_code_usage must be"):
+        load_recipe(TINY_RECIPE, BestRQRecipe, ["least_code_usage=1.5"])
 
 
 def test_training_lowers_the_loss_and_reaches_the_encoder():

@@ -133,15 +133,15 @@ def test_rotary_attention_equals_transformers_llama_attention_without_causality(
     mask = torch.zeros(3, 1, T, T).double().masked_fill(~valid[:, None, None, :], float("-inf"))
     turn = LlamaRotaryEmbedding(config)(x, torch.arange(T)[None])
     expected, _ = theirs(x, position_embeddings=turn, attention_mask=mask)
-    got = ours(x, rotations(T, 12, 10_000.0, x.device), valid)
+    got = ours(x, rotations(torch.arange(T), 12, 10_000.0), valid[:, None, None, :])
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
 def test_attention_depends_on_distances_alone():
     torch.manual_seed(0)
     attention, x = Attention(48, 4, bias=True), torch.randn(2, 20, 48)
-    valid = torch.ones(2, 20, dtype=torch.bool)
-    turn = rotations(520, 12, 10_000.0, x.device)
+    valid = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    turn = rotations(torch.arange(520), 12, 10_000.0)
     early, late = attention(x, turn[:20], valid), attention(x, turn[500:], valid)
     torch.testing.assert_close(early, late, atol=1e-5, rtol=0)
     assert (attention(x, turn[:1].expand(20, -1, -1, -1), valid) - early).abs().max() > 1e-3
@@ -190,7 +190,8 @@ def test_a_block_has_the_wiring_of_torchaudios_conformer_layer():
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     x = torch.randn(2, 33, 24).double()
     still = torch.ones(33, 1, 1, 6, dtype=torch.complex128)
-    got = ours(x, still, torch.ones(2, 33, dtype=torch.bool))
+    valid = torch.ones(2, 33, dtype=torch.bool)
+    got = ours(x, still, valid, valid[:, None, None, :])
     expected = theirs(x.transpose(0, 1), None).transpose(0, 1)
     torch.testing.assert_close(got, expected, atol=1e-11, rtol=0)
 

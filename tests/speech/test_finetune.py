@@ -15,6 +15,7 @@ from herdkit.data.buckets import BucketConfig
 from herdkit.data.shards import Sample, ShardWriter
 from herdkit.data.sources import DataConfig, SourceConfig, open_loader
 from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
+from herdkit.speech.augment import WaveformAugmentConfig
 from herdkit.speech.finetune import (
     SpeechCollator,
     SpeechObjective,
@@ -26,7 +27,7 @@ from herdkit.speech.finetune import (
 )
 from herdkit.text.model import Transformer, TransformerConfig
 from herdkit.text.tokenizer import Tokenizer
-from herdkit.train.config import load_recipe
+from herdkit.train.config import RecipeError, load_recipe
 from torch.nn import functional as F
 
 RECIPE = Path(herdkit.__file__).parent / "speech/recipes/tiny_transcription.yaml"
@@ -62,12 +63,13 @@ def sample(i: int, seconds: float = 1.5, **changes) -> Sample:
     return Sample(f"{i:03d}", "made.tar", {k: v for k, v in (members | changes).items() if v is not None})
 
 
-def collate(model, samples):
-    return SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])])(list(enumerate(samples)))
+def collate(model, samples, **options):
+    return SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])], **options)(list(enumerate(samples)))
 
 
-def objective(model, ctc=0.0, alignment=0.0, answer=1.0) -> SpeechObjective:
-    return SpeechObjective(answer, ctc, alignment, model.tokenizer.encode(" .")[0], None)
+def objective(model, ctc=0.0, alignment=0.0, answer=1.0, **options) -> SpeechObjective:
+    weights = {"answer_weight": answer, "ctc_weight": ctc, "alignment_weight": alignment}
+    return SpeechObjective(**weights, blank=model.tokenizer.encode(" .")[0], **options)
 
 
 def gradients(model, found: SpeechObjective, batches) -> dict[str, torch.Tensor]:
@@ -199,3 +201,77 @@ def test_the_blank_has_to_be_one_token(model):
     with pytest.raises(ValueError, match=r"blank: 'red star' is \d tokens"):
         blank_token("red star", model.tokenizer)
     assert model.tokenizer.decode([blank_token(" .", model.tokenizer)]) == " ."
+
+
+def test_distillation_is_the_divergence_from_the_answers_to_the_written_words(model):
+    samples = [sample(i, 1.2 + 0.3 * i) for i in range(3)]
+    batch = collate(model, samples, distilled=True)
+    decoded = [model.tokenizer.decode(row.tolist()) for row in batch.written.tokens]
+    for words, text in zip(WORDS, decoded, strict=True):
+        assert f"user\n\n{words}assistant\n\n" in text
+        assert "<|audio|>" not in text
+    found = objective(model, answer=0.0, distil_weight=2.0, distil_temperature=3.0)
+    loss, count, metrics = found(model, batch)
+    heard = model(batch.tokens, batch.inputs)[batch.labels >= 0]
+    read = model.text(batch.written.tokens)[batch.written.labels >= 0]
+    p, q = ((logits / 3).softmax(-1) for logits in (read, heard))
+    expected = (p * (p.log() - q.log())).sum() * 9
+    torch.testing.assert_close(loss, 2 * expected, rtol=1e-4, atol=1e-5)
+    assert count == (batch.labels >= 0).sum()
+    assert set(metrics) == {"divergence"}
+    together = gradients(model, found, [batch])
+    assert set(together) == {name for name, p in model.named_parameters() if p.requires_grad and ".ctc." not in name}
+    parts = gradients(
+        model, found, [collate(model, samples[:1], distilled=True), collate(model, samples[1:], distilled=True)]
+    )
+    for name, gradient in together.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_distillation_brings_the_answers_together(model):
+    batch = collate(model, [sample(0), sample(1)], distilled=True)
+    found, losses = objective(model, answer=0.0, distil_weight=1.0), []
+    optimizer = torch.optim.AdamW(model.adapters["speech"].parameters(), lr=3e-3)
+    before = {name: weight.clone() for name, weight in model.text.named_parameters()}
+    for _ in range(40):
+        loss, _, _ = found(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(torch.equal(before[name], weight) for name, weight in model.text.named_parameters())
+
+
+def test_recordings_are_augmented_by_their_place_in_the_run(model):
+    config = WaveformAugmentConfig(speeds=(0.8, 1.0, 1.25), noise_probability=0.5)
+    samples = [sample(i) for i in range(18)]
+    plain = collate(model, samples)
+    first, second = (collate(model, samples, augment=config, seed=3) for _ in range(2))
+    other = collate(model, samples, augment=config, seed=4)
+    frames = first.inputs["speech"].tensors["frames"]
+    assert set(frames.tolist()) == {120, 150, 187}
+    assert torch.equal(first.inputs["speech"].tensors["features"], second.inputs["speech"].tensors["features"])
+    assert frames.tolist() != other.inputs["speech"].tensors["frames"].tolist()
+    assert plain.inputs["speech"].tensors["frames"].tolist() == [150] * 18
+    assert (first.tokens == model.tokenizer.special("<|audio|>")).sum(1).tolist() == [
+        model.adapters["speech"].config.positions(160 * n) for n in frames.tolist()
+    ]
+    assert samples[0].members["flac"][:4] == b"fLaC", "stored samples stay as they are"
+    measure = SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])], augment=config)
+    assert measure.lengths(samples[0]) == [188]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distil_weight=-1", "distil_weight must be at least 0"),
+        ("distil_temperature=0", "distil_temperature must be positive"),
+        ("waveform_augment={speeds: [3]}", "speeds must be from 0.5 to 2"),
+    ],
+)
+def test_unusable_settings_are_named(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(RECIPE, SpeechRecipe, ["root=unused", override])
+    with pytest.raises(RecipeError, match="distil_weight goes with a row for each sample"):
+        load_recipe(RECIPE, SpeechRecipe, ["root=unused", "distil_weight=1", "data.packed=true"])
