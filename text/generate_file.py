@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..data.dialogs import parse_dialog
-from ..train.files import finite, sync, write_json, write_text
+from ..train.journal import Journal
 from ..train.progress import ProgressLine
 from .completion import Completion
 from .dialog import encode_prompt
@@ -150,7 +148,7 @@ def generate_file(
         **dataclasses.asdict(options),
         **(settings or {}),
     }
-    journal = _Journal(out, json.loads(json.dumps(record)))
+    journal = Journal(out, json.loads(json.dumps(record)))
     done = journal.read()
     # Like lengths share a batch; the longest come first, so that memory fails early and the time that remains is not
     # underrated.
@@ -204,58 +202,3 @@ def _entry(completion: Completion, tokenizer: Tokenizer, options: SamplingOption
         "tokens": len(completion.tokens),
         "log_prob": completion.log_prob,
     }
-
-
-class _Journal:
-    """Finished prompts of a run: `<out>.partial` while it goes on, then `<out>`; `<out>.settings.json` beside them."""
-
-    def __init__(self, out: Path, settings: dict[str, Any]):
-        self.out, self.settings = out, settings
-        self.partial = out.with_name(out.name + ".partial")
-        self.record = out.with_name(out.name + ".settings.json")
-
-    def read(self) -> dict[str | int, dict[str, Any]]:
-        """What is finished, by id; checks that it was made with these settings."""
-        if self.record.exists():
-            earlier = json.loads(self.record.read_text())
-            for name in sorted(earlier.keys() | self.settings.keys()):
-                before, now = earlier.get(name), self.settings.get(name)
-                if before != now:
-                    raise ValueError(
-                        f"{self.record}: was made with {name} = {before!r}, not {now!r}; delete {self.out.name}* to "
-                        "begin anew, or choose another file"
-                    )
-        elif self.out.exists():
-            raise FileExistsError(f"{self.out} exists and was not made here (no {self.record.name}); choose another")
-        else:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.record, self.settings)
-        if self.out.exists():
-            return _by_id(self.out.read_bytes())
-        if not self.partial.exists():
-            return {}
-        # A line that a kill cut short goes.
-        content = self.partial.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.partial, len(whole))
-        return _by_id(whole)
-
-    def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        with self.partial.open("ab") as file:
-            file.write(b"".join(map(_line, lines)))
-        sync(self.partial)
-
-    def finish(self, lines: Sequence[dict[str, Any]]) -> None:
-        if not self.out.exists():
-            write_text(self.out, b"".join(map(_line, lines)).decode())
-        self.partial.unlink(missing_ok=True)
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(finite(value), ensure_ascii=False).encode() + b"\n"
-
-
-def _by_id(content: bytes) -> dict[str | int, dict[str, Any]]:
-    entries = (json.loads(line) for line in content.split(b"\n") if line)
-    return {entry["id"]: entry for entry in entries}
