@@ -8,11 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .adapters.commands import add_show_command
 from .data.command_line import add_command
 from .data.commands import add_shards_commands
+from .speech.commands import add_transcribe_command
 
 if TYPE_CHECKING:
     from .train.plan import Cluster, Hardware
@@ -143,13 +144,16 @@ def build_parser() -> argparse.ArgumentParser:
     chat_parser = command(
         "chat",
         chat,
-        "Talk to a model about your own files. Without --prompt or --audio it reads lines from standard input.",
+        "Talk to a model about your own files. Without --prompt or --audio it reads lines from standard input; a line "
+        "'/audio FILE' is a spoken turn.",
         'herdkit chat runs/tiny-herd/model --image photo.jpg --prompt "what colour is the circle?"',
     )
     chat_parser.add_argument("model", type=Path, help="model directory")
     for kind in ("image", "video", "audio"):
         chat_parser.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help="may be repeated")
     chat_parser.add_argument("--prompt", help="one question; the answer is printed and the program ends")
+    chat_parser.add_argument("--cascade", action="store_true", help="write speech down first, and answer the words")
+    chat_parser.add_argument("--language", default="English", help="that --cascade writes down (%(default)s)")
     chat_parser.add_argument("--system", help="system prompt")
     add_sampling(chat_parser, max_new_tokens=128, seed=None)
 
@@ -184,6 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert_parser.add_argument("--dtype", choices=dtypes, help="of the weights (that of the files)")
     convert_parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="huggingface (%(default)s)")
     convert_parser.add_argument("--model-parallel", type=int, default=1, help="meta: number of files (%(default)s)")
+    add_transcribe_command(commands)
     add_show_command(add_shards_commands(commands))
     return parser
 
@@ -374,13 +379,22 @@ def chat(options: argparse.Namespace) -> None:
         from .text.quantisation import quantise
 
         quantise(model.text)
+    cascade = None
+    if options.cascade:
+        from .speech.cascade import Cascade
+        from .speech.transcribe import TranscriptionConfig
+
+        cascade = Cascade(model, TranscriptionConfig(language=options.language))
     settings = {**sampling(options), "seed": options.seed, "kept": KeptPrompt()}
-    messages: list[dict] = [{"role": "system", "content": options.system}] if options.system else []
+    messages: list[Any] = [{"role": "system", "content": options.system}] if options.system else []
     media = [{"type": kind, kind: file} for kind in ("image", "video", "audio") for file in getattr(options, kind)]
 
     def turn(text: str) -> None:
         messages.append({"role": "user", "content": [*media, *([{"type": "text", "text": text}] if text else [])]})
         media.clear()
+        if cascade is not None:
+            messages[:] = cascade.written(messages)
+            print(f"heard: {messages[-1].text}", file=sys.stderr)
         answer = ""
         for piece in model.stream_chat(messages, **settings):
             answer += piece
@@ -398,5 +412,8 @@ def chat(options: argparse.Namespace) -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        if line.strip():
+        if line.startswith("/audio "):
+            media.append({"type": "audio", "audio": line.removeprefix("/audio ").strip()})
+            turn("")
+        elif line.strip():
             turn(line.strip())

@@ -90,6 +90,11 @@ class SpeechAdapterConfig:
                 f"features.n_mels ({self.features.n_mels}) and conformer.n_mels ({self.conformer.n_mels}) must be equal"
             )
 
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds of an encoder frame."""
+        return self.conformer.stack * self.features.hop / self.features.sample_rate
+
     def positions(self, samples: int) -> int:
         """Soft tokens for so many samples of audio: ceil(ceil((samples // hop) / stack) / conv_stride) frames
         and the two vectors around them.
@@ -306,13 +311,24 @@ class SpeechAdapter(Adapter):
         self, encoded: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`herdkit.speech.ctc.ctc_loss` of the CTC head on what `encode` gave."""
-        return ctc_loss(self._ctc_logits(encoded), lengths, targets, target_lengths)
+        return ctc_loss(self.ctc_logits(encoded), lengths, targets, target_lengths)
 
     def greedy_ctc(self, encoded: Tensor, lengths: Tensor) -> list[list[int]]:
         """`herdkit.speech.ctc.greedy_ctc` of the CTC head on what `encode` gave."""
-        return greedy_ctc(self._ctc_logits(encoded), lengths)
+        return greedy_ctc(self.ctc_logits(encoded), lengths)
 
-    def _ctc_logits(self, encoded: Tensor) -> Tensor:
+    def greedy_bytes(self, logits: Tensor) -> str:
+        """The text that a CTC head for bytes spells over the frames (T, 257) of one utterance; what is no UTF-8 becomes
+        the replacement character."""
+        (classes,) = greedy_ctc(logits[None], torch.tensor([len(logits)], device=logits.device))
+        return bytes(token - 1 for token in classes).decode("utf-8", "replace").strip()
+
+    def ctc_logits(self, encoded: Tensor) -> Tensor:
+        """Logits of the CTC head (N, T, classes) on what `encode` gave.
+
+        Raises:
+            ValueError: the adapter has none.
+        """
         if self.ctc is None:
             raise ValueError("the speech adapter has no CTC head; set ctc_classes in its config")
         return self.ctc(encoded)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.media import audio_length, load_audio
+from ..data.media_check import kind_of
 from ..data.shards import Sample
 from ..data.sources import DataConfig, open_loader
 from ..text.model_directory import save_part
@@ -21,8 +22,6 @@ from .conformer import Conformer, ConformerConfig
 from .features import FeatureConfig, log_mel, pad_features
 
 Outcome = tuple[Tensor, int, dict[str, tuple[Tensor, Tensor | int]]]
-
-AUDIO_MEMBERS = ("flac", "wav", "ogg", "mp3", "opus", "m4a")
 
 PATIENCE = 20
 """Micro-batches with few codes before a run stops; a few may well hold silence alone."""
@@ -77,9 +76,11 @@ class AudioCollator:
         return [min(self.config.frames(samples), MAX_FRAMES)]
 
     def _audio(self, sample: Sample) -> bytes:
-        member = next((name for name in AUDIO_MEMBERS if name in sample.members), None)
+        member = next((name for name in sample.members if kind_of(name) == "audio"), None)
         if member is None:
-            raise ValueError(f"{sample.shard}: sample {sample.key} has none of {', '.join(AUDIO_MEMBERS)}")
+            raise ValueError(
+                f"{sample.shard}: sample {sample.key} has no audio; its members are {', '.join(sample.members)}"
+            )
         return sample.members[member]
 
 

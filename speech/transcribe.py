@@ -1,0 +1,249 @@
+"""Recordings to text: cut at silences, many at once, with the times of segments and words.
+
+What a recording holds is said by its `status`: "ok"; "no speech", where nobody speaks, so that the model is not asked
+and cannot make anything up; "empty", where somebody speaks and the model says nothing; "error", with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+import torchaudio
+from torch import Tensor
+
+from ..adapters.chat import decoder, encode_prompts
+from ..adapters.compose import ComposedModel
+from ..data.media import MediaError, load_audio
+from ..text.generate import generate
+from ..text.sampling import SamplingOptions
+from .adapter import SpeechAdapter
+from .alignment import AlignmentError, Word, align_words
+from .prompts import transcription_dialog, translation_dialog
+from .segments import Segment, SegmentConfig, Segmenter, find_segments
+
+CLIPPED = 0.999
+"""Of full scale, from which on a sample counts as clipped; more than `CLIPPED_SHARE` of them are worth a warning."""
+CLIPPED_SHARE = 1e-3
+_SPARE_TOKENS, _TOKENS_PER_SECOND = 16, 16
+
+
+@dataclass(kw_only=True)
+class TranscriptionConfig:
+    """
+    Args:
+        language: that is spoken, or with `translate` that is to be written; one of `prompts.LANGUAGES`.
+        translate: into `language`, from whatever is spoken.
+        by: "answer" asks the language model, as the paper does; "ctc" reads the encoder's CTC head, greedily, which is
+            faster and knows no words.
+        words: find when each word is said, with the CTC head.
+        batch_size: segments that run together.
+        max_new_tokens: of a segment; None: 16 and 16 more for every second, which no speech reaches. A text that is
+            longer is cut, and says so.
+        segments: where recordings are cut.
+    """
+
+    language: str = "English"
+    translate: bool = False
+    by: Literal["answer", "ctc"] = "answer"
+    words: bool = False
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    segments: SegmentConfig = field(default_factory=SegmentConfig)
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.by not in ("answer", "ctc"):
+            raise ValueError(f"by must be answer or ctc, not {self.by!r}")
+        if self.translate and (self.words or self.by == "ctc"):
+            raise ValueError("a translation is not said in the recording: leave out words and by='ctc'")
+        self.messages(b"")  # checks the language
+
+    def messages(self, audio: Any) -> list[dict[str, Any]]:
+        """The dialog that asks for the text of a recording."""
+        make = translation_dialog if self.translate else transcription_dialog
+        return make(audio, self.language)
+
+
+@dataclass
+class TextSegment:
+    """What is said from `start` to `end` seconds of a recording. `cut`: the text reached `max_new_tokens`. `words` is
+    None where they were not asked for, or the text has more letters than the recording can hold."""
+
+    start: float
+    end: float
+    text: str
+    cut: bool = False
+    words: list[Word] | None = None
+
+
+@dataclass
+class Transcript:
+    """What a recording says; `status` as at the top of the file, and `error` its reason."""
+
+    status: Literal["ok", "no speech", "empty", "error"]
+    seconds: float = 0.0
+    segments: list[TextSegment] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The texts of all segments, one after another."""
+        return " ".join(segment.text for segment in self.segments if segment.text)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, without what was not asked for or is not there."""
+        line: dict[str, Any] = {"status": self.status}
+        if self.error is not None:
+            return line | {"error": self.error}
+        line |= {"seconds": round(self.seconds, 3), "text": self.text}
+        line["segments"] = [
+            {name: value for name, value in asdict(segment).items() if value is not None and value is not False}
+            for segment in self.segments
+        ]
+        return line | ({"warnings": self.warnings} if self.warnings else {})
+
+
+class Transcriber:
+    """
+    Args:
+        model: with a speech adapter and a tokenizer.
+        config: what is wanted.
+
+    Raises:
+        ValueError: no speech adapter; words or by="ctc" are wanted and the adapter has no CTC head for bytes.
+    """
+
+    def __init__(self, model: ComposedModel, config: TranscriptionConfig | None = None):
+        self.model, self.config = model, config or TranscriptionConfig()
+        adapter = model.adapters.get("speech")
+        if not isinstance(adapter, SpeechAdapter):
+            raise ValueError(f"the model has no speech adapter; it has {list(model.adapters) or 'no adapters'}")
+        if (self.config.words or self.config.by == "ctc") and adapter.config.ctc_classes != 257:
+            raise ValueError(
+                "the speech adapter has no CTC head for bytes, which the times of words and by='ctc' are read off; "
+                "train it with a ctc_weight"
+            )
+        self.adapter = adapter
+        self.sample_rate: int = adapter.config.features.sample_rate
+        most = adapter.config.max_seconds
+        if self.config.segments.max_seconds > most:
+            raise ValueError(
+                f"segments of {self.config.segments.max_seconds:g} s: the speech adapter takes {most:g} s (max_seconds)"
+            )
+
+    def load(self, source: Any) -> Tensor:
+        """A path, bytes or a file of audio of any length to (samples,) float32; MediaError for what is none."""
+        waveform = load_audio(source, self.sample_rate)
+        try:
+            self.adapter.config.features.frames(len(waveform))
+        except ValueError as error:
+            raise MediaError(str(source) if isinstance(source, str) else "audio", error) from None
+        return waveform
+
+    def __call__(self, sources: Sequence[Any]) -> list[Transcript]:
+        """The transcripts of recordings: paths, bytes, or waveforms (samples,) at `sample_rate`. What is no recording
+        becomes a transcript with an error."""
+        made: list[Transcript] = []
+        pieces: list[tuple[int, Segment, Tensor]] = []
+        for number, source in enumerate(sources):
+            try:
+                waveform = source if isinstance(source, Tensor) else self.load(source)
+            except MediaError as error:
+                made.append(Transcript("error", error=str(error) if isinstance(source, str) else error.reason))
+                continue
+            transcript = Transcript("no speech", len(waveform) / self.sample_rate)
+            clipped = float((waveform.abs() >= CLIPPED).float().mean())
+            if clipped > CLIPPED_SHARE:
+                transcript.warnings.append(f"{clipped:.1%} of the samples are clipped")
+            made.append(transcript)
+            found = find_segments(waveform, self.sample_rate, self.config.segments)
+            pieces += [(number, segment, waveform[segment.start : segment.end]) for segment in found]
+        texts = self.segments([waveform for _, _, waveform in pieces])
+        for (number, segment, _), found in zip(pieces, texts, strict=True):
+            made[number].segments.append(self._placed(found, segment))
+        for transcript in made:
+            if transcript.segments:
+                transcript.status = "ok" if transcript.text else "empty"
+        return made
+
+    @torch.inference_mode()
+    def segments(self, waveforms: Sequence[Tensor]) -> list[TextSegment]:
+        """What is said in each of these, times being from its own beginning; neighbours in length run together."""
+        order = sorted(range(len(waveforms)), key=lambda i: -len(waveforms[i]))
+        made: dict[int, TextSegment] = {}
+        for first in range(0, len(order), self.config.batch_size):
+            chosen = order[first : first + self.config.batch_size]
+            made |= zip(chosen, self._batch([waveforms[i] for i in chosen]), strict=True)
+        return [made[i] for i in range(len(waveforms))]
+
+    def stream(self, blocks: Iterable[Tensor], sample_rate: int | None = None) -> Iterator[TextSegment]:
+        """Segments of a recording that is still going on, each once the silence after it has been heard.
+
+        Args:
+            blocks: samples (n,) as they come.
+            sample_rate: of theirs, a multiple of 100 Hz; None for that of the adapter.
+        """
+        rate = sample_rate or self.sample_rate
+        segmenter, held, first = Segmenter(rate, self.config.segments), torch.zeros(0), 0
+
+        def say(found: list[Segment]) -> Iterator[TextSegment]:
+            for segment in found:
+                samples = held[segment.start - first : segment.end - first]
+                ratio = Fraction(rate, self.sample_rate)
+                samples = torchaudio.functional.resample(samples, ratio.numerator, ratio.denominator)
+                (text,) = self.segments([samples])
+                yield self._placed(text, Segment(round(segment.start / ratio), round(segment.end / ratio)))
+
+        for block in blocks:
+            held = torch.cat((held, block.float()))
+            yield from say(segmenter.push(block))
+            # A segment begins no earlier than its longest length and what the segmenter waits for.
+            surplus = len(held) - round((self.config.segments.max_seconds + 5) * rate)
+            if surplus > len(held) // 2:
+                held, first = held[surplus:], first + surplus
+        yield from say(segmenter.finish())
+
+    def _batch(self, waveforms: list[Tensor]) -> list[TextSegment]:
+        ends = [len(waveform) / self.sample_rate for waveform in waveforms]
+        logits: list[Tensor] = []
+        if self.config.words or self.config.by == "ctc":
+            device = self.adapter.begin.device
+            batch = {name: value.to(device) for name, value in self.adapter.prepare(waveforms).items()}
+            encoded, lengths = self.adapter.encode(batch["features"], batch["frames"])
+            scores = self.adapter.ctc_logits(encoded)
+            logits = [row[:length] for row, length in zip(scores, lengths.tolist(), strict=True)]
+        if self.config.by == "ctc":
+            spelled = [self.adapter.greedy_bytes(row) for row in logits]
+            made = [TextSegment(0.0, end, text) for end, text in zip(ends, spelled, strict=True)]
+        else:
+            made = [TextSegment(0.0, end, *answer) for end, answer in zip(ends, self._answers(waveforms), strict=True)]
+        if self.config.words:
+            for segment, row in zip(made, logits, strict=True):
+                try:
+                    segment.words = align_words(row, segment.text, self.adapter.config.frame_seconds)
+                except AlignmentError:
+                    segment.words = None
+        return made
+
+    def _answers(self, waveforms: list[Tensor]) -> list[tuple[str, bool]]:
+        prompts, inputs, tokenizer = encode_prompts(self.model, [self.config.messages(w) for w in waveforms])
+        longest = max(len(waveform) for waveform in waveforms) / self.sample_rate
+        wanted = self.config.max_new_tokens or _SPARE_TOKENS + round(_TOKENS_PER_SECOND * longest)
+        room = self.model.text.config.max_seq_len - max(map(len, prompts))
+        options = SamplingOptions(max_new_tokens=max(1, min(wanted, room)), stop_ids=tokenizer.stop_ids)
+        completions = generate(self.model.text, prompts, options, forward=decoder(self.model, inputs))
+        return [(c.text(tokenizer, ()).strip(), c.ending == "length") for c in completions]
+
+    def _placed(self, found: TextSegment, segment: Segment) -> TextSegment:
+        """The text of a segment at its place in the recording."""
+        start, end = (round(at / self.sample_rate, 3) for at in (segment.start, segment.end))
+        words = found.words
+        if words is not None:
+            words = [Word(w.text, round(start + w.start, 3), round(start + w.end, 3), w.score) for w in words]
+        return TextSegment(start, end, found.text, found.cut, words)
