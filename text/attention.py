@@ -115,7 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | Arrangement | BlockMa
     Returns: (B, T, H, Dh).
     """
     if isinstance(sees, Arrangement):
-        return sees.attend(q, k, v)
+        return _attend_elsewhere(q, k, v, sees)  # pyright: ignore[reportCallIssue]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     group = q.shape[1] // k.shape[1]
     if isinstance(sees, BlockMask):
@@ -128,6 +128,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | Arrangement | BlockMa
         k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
     out = dot_product_attention(q, k, v, attn_mask=sees, is_causal=sees is None, enable_gqa=group > 1)
     return out.transpose(1, 2)
+
+
+@torch.compiler.disable  # where to differs from batch to batch: it would be compiled for each anew
+def _attend_elsewhere(q: Tensor, k: Tensor, v: Tensor, sees: Arrangement) -> Tensor:
+    return sees.attend(q, k, v)
 
 
 def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

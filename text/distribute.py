@@ -17,7 +17,9 @@ from ..train.pipeline import Pipeline
 from ..train.place import Place
 from ..train.portions import SharedTensors, portions
 from ..train.sharding import shard, whole_tensors
+from .compiled import compile_layers
 from .context_parallel import own_positions, share_context
+from .float8 import convert_to_float8
 from .interchange.directory_weights import TrainedWeights
 from .model import Transformer
 from .parallel import require_fits
@@ -147,9 +149,13 @@ def divide(model: Transformer, root: nn.Module, place: Place, embeds: bool = Tru
     """
     if place.layout.context > 1:
         share_context(model, place)
+    if place.config.float8 != "none":
+        convert_to_float8(model, place.config.float8, parallel.device())
     if place.layout.tensor > 1:
         share_tensors(model, place.tensor)
     recompute(model, place.config.recompute)
+    if place.config.compile != "none":
+        compile_layers(model, place.config.compile)
     # By itself: its gradient comes after that of everything else, which is done once the layers' input has one.
     embedding = [model.tok_embeddings] if embeds else []
     shard(root, model.layers, place, kept=embedding, methods=["hidden", "embed"] if root is model else [])

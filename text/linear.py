@@ -80,6 +80,10 @@ _compiled_linear.register_autograd(
 )
 
 
+COMPILED = torch.ops.herdkit.linear.default
+"""What a compiled graph calls."""
+
+
 def _on_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype is torch.float32

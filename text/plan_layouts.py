@@ -149,7 +149,14 @@ def _degrees(config: TransformerConfig, devices: int, device: Accelerator) -> It
             for pipeline in _divisors(left, config.n_layers + 2):
                 data = left // pipeline
                 for shard in sorted({data, *(_divisors(data, most)[-1] for most in (8, 64, 512))}):
-                    yield ParallelConfig(tensor=tensor, context=context, pipeline=pipeline, shard=shard)
+                    yield ParallelConfig(
+                        tensor=tensor,
+                        context=context,
+                        pipeline=pipeline,
+                        shard=shard,
+                        compile="inductor",
+                        gather="bfloat16" if context * shard > 1 else "float32",
+                    )
 
 
 def _fastest(

@@ -7,15 +7,19 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .model import Transformer
+from . import linear
+from .model import Shared, Transformer, TransformerLayer
 
 PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.linear.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,  # of float8
     torch.ops.mkldnn._linear_pointwise.default,
+    linear.COMPILED,
 }
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -30,12 +34,24 @@ def recompute(model: Transformer, what: Literal["none", "selective", "full"]) ->
     """Wraps every layer of a model; see `ParallelConfig.recompute`. Gradients stay what they were."""
     if what == "none":
         return
-    contexts = {} if what == "full" else {"context_fn": _selective}
+    run = _full if what == "full" else _selective
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)  # type: ignore[method-assign]
+        layer.forward = partial(run, layer)  # type: ignore[method-assign]
 
 
-def _selective() -> tuple[Any, Any]:
+def _full(layer: TransformerLayer, x: Tensor, shared: Shared) -> Tensor:
+    out: Any = checkpoint(lambda x: TransformerLayer.forward(layer, x, shared), x, use_reentrant=False)
+    return out
+
+
+def _selective(layer: TransformerLayer, x: Tensor, shared: Shared) -> Tensor:
+    out: Any = checkpoint(
+        lambda x: TransformerLayer.forward(layer, x, shared), x, use_reentrant=False, context_fn=_contexts
+    )
+    return out
+
+
+def _contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_policy())
 
 

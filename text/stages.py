@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..train.pipeline import Handed, Outcome, Pipeline, StageModule
@@ -54,7 +55,7 @@ def stage_module(part: Transformer, place: Place) -> StageModule:
 
 def pipeline_of(modules: dict[int, StageModule], model: Transformer, place: Place) -> Pipeline:
     """The objective of packed rows through the stages."""
-    dtype = next(model.parameters()).dtype
+    dtype = torch.bfloat16 if place.config.gather == "bfloat16" else next(model.parameters()).dtype
 
     def objective(part: Transformer, hidden: Tensor, batch: TokenBatch) -> Outcome:
         return row_loss(part, hidden, own_positions(batch, place).labels)

@@ -41,6 +41,14 @@ class ParallelConfig:
             many as `pipeline`.
         recompute: what the backward pass makes again. "selective": all but the outputs of attention and of every
             second matrix product of a layer (torchtitan's "op"); "full": all but the input of a layer. The paper: none.
+        compile: torch.compile of every layer: "inductor" takes a minute at the first update and makes layers faster;
+            "aot_eager", for tests, makes nothing faster.
+        gather: precision in which weights that are stored in shards are gathered. "bfloat16", as in the paper, goes
+            with `trainer.precision` bfloat16: half the traffic, and the residual stream is bfloat16 as well. What is
+            stored and how gradients are summed stays float32.
+        float8: matrix products of the layers, but the first and the last (as in section 6.2), in 8 bits, through
+            torchao, on a GPU that has them: scales of whole tensors or of their rows. "emulated" is "tensorwise" in
+            slow arithmetic, for tests on any device.
     """
 
     tensor: int = 1
@@ -52,6 +60,9 @@ class ParallelConfig:
     chunks: int = 1
     consecutive: int | None = None
     recompute: Literal["none", "selective", "full"] = "none"
+    compile: Literal["none", "inductor", "aot_eager"] = "none"
+    gather: Literal["float32", "bfloat16"] = "float32"
+    float8: Literal["none", "tensorwise", "rowwise", "emulated"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "pipeline", "shard", "chunks", "consecutive"):
@@ -156,7 +167,7 @@ def _neighbours(layout: Layout, per_server: int, dimensions: tuple[str, ...]) ->
 def lay_out(parallel: ParallelConfig, processes: int) -> Layout:
     """
     Raises:
-        LayoutError: the degrees do not divide the processes.
+        LayoutError: the degrees do not divide the processes, or nothing is there to gather.
     """
     model = parallel.tensor * parallel.context * parallel.pipeline
     product = f"tensor x context x pipeline = {parallel.tensor} x {parallel.context} x {parallel.pipeline} = {model}"
@@ -166,6 +177,8 @@ def lay_out(parallel: ParallelConfig, processes: int) -> Layout:
     shard = left if parallel.shard is None else parallel.shard
     if left % shard:
         raise LayoutError("shard", f"{processes} processes / ({product}) leave {left}, not a multiple of {shard}")
+    if parallel.gather != "float32" and parallel.context * shard == 1:
+        raise LayoutError("gather", f"{parallel.gather!r}, but nothing is stored in shards: context x shard = 1 x 1")
     return Layout(
         tensor=parallel.tensor,
         context=parallel.context,

@@ -82,7 +82,8 @@ class SharedTensors(WholeTensors):
         self._stage: dict[str, int] = {}
         kinds: dict[str, Kind] = {}
         for stage, found in enumerate(parallel.gather(self.kinds, place.group("pipeline"))):
-            self._stage |= dict.fromkeys(found, 0 if place.layout.pipeline == 1 else stage)
+            for name in found.keys() - kinds.keys():  # of copies, the first
+                self._stage[name] = 0 if place.layout.pipeline == 1 else stage
             kinds |= found
         self.kinds = {name: kinds[name] for name in names}
 

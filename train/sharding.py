@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from . import parallel
 from .place import Place
@@ -47,7 +47,10 @@ def shard_block(block: nn.Module, place: Place, reshard: bool, methods: Sequence
     """
     if place.storage is None:
         return
-    sharded: FSDPModule = fully_shard(block, mesh=place.storage, reshard_after_forward=reshard)
+    # Sums of gradients are float32 either way.
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = low if place.config.gather == "bfloat16" else MixedPrecisionPolicy()
+    sharded: FSDPModule = fully_shard(block, mesh=place.storage, reshard_after_forward=reshard, mp_policy=policy)
     sharded.set_force_sum_reduction_for_comms(True)
     sharded.set_gradient_divide_factor(1.0)
     for method in methods:

@@ -30,6 +30,7 @@ from .files import finite, write_json
 from .freezing import apply_freeze, change_steps, ever_trained, flags_restored, freeze_table, of_all_stages, set_modes
 from .gradients import clip, gradient_norm, summed_gradients
 from .guard import Guard, Termination, termination
+from .layout import LayoutError
 from .meters import Meters
 from .objective import Loader, Objective, Outcome, move
 from .optimizer import build_optimizer, set_learning_rate
@@ -171,6 +172,8 @@ class _Run:
         self.device = next(self.model.parameters()).device
         if self.config.precision == "auto":
             self.config = replace(self.config, precision=parallel.on_first(lambda: native_precision(self.device)))
+        if self.place.config.gather == "bfloat16" and self.config.precision != "bfloat16":
+            raise LayoutError("gather", f"'bfloat16' needs trainer.precision bfloat16, not {self.config.precision}")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
         configs = {"optimizer": self.optimizer_config, "schedule": self.schedule}
         self.recipe: dict[str, Any] = {name: as_dict(config) for name, config in configs.items()}

@@ -38,7 +38,7 @@ def alone(tmp_path_factory, tokenizer):
 def test_every_layout_draws_reads_and_writes_what_one_process_does(finish_program, alone, tokenizer, tmp_path):
     read = ("tensor-fsdp", "interleaved-fsdp")
     calls = [("draw", {"to": tmp_path / name, "layout": layout}) for name, layout in FOUR.items()]
-    calls += [("draw", {"to": tmp_path / "tied", "layout": FOUR["tensor-fsdp"], "tied": True})]
+    calls += [("draw", {"to": tmp_path / "tied", "layout": FOUR["interleaved-fsdp"], "tied": True})]
     for _, options in calls:
         options["tokenizer"] = tokenizer
     calls += [

@@ -68,7 +68,9 @@ def run(recipe: SFTRecipe, run_dir: Path) -> dict[str, Any]:
         recipe.data, collate, batch_size, place.data, place.layout.data, drop_last=not place.replicas_alone
     )
     part = share_out(weights, place, [recipe.data.row_length])
-    result = train_by(recipe, part.model, loader, of_own_positions(next_token, place), run_dir, place=place, pipeline=part.pipeline)
+    result = train_by(
+        recipe, part.model, loader, of_own_positions(next_token, place), run_dir, place=place, pipeline=part.pipeline
+    )
     save_text(part.weights(), tokenizer, run_dir / "model")
     return result
 
