@@ -29,6 +29,7 @@ from ..text.tokenizer import Tokenizer
 from .batching import Port
 from .compose import ComposedModel
 from .contract import Adapter
+from .layouts import layout_for, layout_of
 from .registry import adapter_class
 
 
@@ -43,7 +44,8 @@ def save(
     """Writes a model directory, whole or not at all.
 
     Args:
-        layout: ours, or one of those for language models alone, "huggingface" and "meta".
+        layout: ours, or one of others, "huggingface" and "meta": for language models alone, and for those with the
+            adapters that `herdkit.adapters.layouts` knows to write (an image adapter: Llama 3.2 Vision).
         max_shard_bytes, model_parallel: of those, see `herdkit.text.model_directory.save_text`.
 
     Raises:
@@ -52,19 +54,13 @@ def save(
         FileExistsError: `path` exists and is no model directory, which is never overwritten.
     """
     if layout != "herdkit":
-        if model.modalities:
-            raise ValueError(
-                f"layout {layout!r} holds language models alone, and this model has the adapters "
-                f"{', '.join(model.modalities)}; detach them, or save compose(model.text, model.tokenizer)"
-            )
-        return save_text(
-            model.text,
-            model.tokenizer,
-            path,
-            layout,
-            max_shard_bytes=max_shard_bytes,
-            model_parallel=model_parallel,
-        )
+        sizes = {"max_shard_bytes": max_shard_bytes, "model_parallel": model_parallel}
+        if not model.modalities:
+            return save_text(model.text, model.tokenizer, path, layout, **sizes)
+        writer = layout_for(layout, model)
+        with writing(path) as fresh:
+            writer.save(model, fresh, **sizes)
+        return Path(path)
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; give one to compose(..., tokenizer=...) before saving")
     with writing(path) as fresh:
@@ -84,8 +80,8 @@ def load(
     """The model of a directory, in eval mode on the CPU.
 
     Args:
-        path: a directory that `save` wrote, a Llama 3 of Hugging Face's, or one of Meta's (see
-            `herdkit.text.model_directory.load_model`).
+        path: a directory that `save` wrote, or a Llama 3 or Llama 3.2 Vision in Hugging Face's layout or in Meta's
+            (see `herdkit.text.model_directory.load_model` and `herdkit.adapters.layouts`).
         adapters: the modalities to attach; all by default.
         dtype: of the parameters; None for that of the language model's files.
 
@@ -94,32 +90,56 @@ def load(
             tensors that are missing, surplus, ill-shaped or not finite.
     """
     path = Path(path)
-    model = ComposedModel(*load_model(path, dtype))
-    _attach(model, path, adapters)
+    found = layout_of(path)
+    if found is None:
+        model = ComposedModel(*load_model(path, dtype))
+        _attach(model, path, adapters)
+        return model.eval()
+    layout, place = found
+    model = layout.load(place, dtype)
+    if missing := set(adapters or ()) - set(model.modalities):
+        raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {model.modalities}")
+    for name in [name for name in reversed(model.modalities) if adapters is not None and name not in adapters]:
+        model.detach(name)
     return model.eval()
 
 
-def attach_adapters(model: ComposedModel, path: str | os.PathLike, adapters: Sequence[str] | None = None) -> None:
+def attach_adapters(
+    model: ComposedModel,
+    path: str | os.PathLike,
+    adapters: Sequence[str] | None = None,
+    *,
+    other_weights: bool = False,
+) -> None:
     """Attaches the adapters of another model directory to a model: senses that were trained apart come together.
 
     Args:
         model: changed in place.
         path: a directory that `save` wrote; its language model must be that of `model`, weight for weight.
         adapters: the modalities to attach; None for all that `model` has not. They come to its device and mode.
+        other_weights: only the sizes of the language models must be equal, as where one is the finetuned other.
 
     Raises:
         ModelDirectoryError: as `load`, and where the language models differ or nothing is left to attach.
     """
     path = Path(path)
-    other, _ = load_model(path, model.text.tok_embeddings.weight.dtype)
-    ours, theirs = model.text.state_dict(), other.state_dict()
-    if model.text.config != other.config or not all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours):
+    if not _same_language_model(model, path, other_weights):
         raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
     if adapters is None:
         adapters = [name for name in _adapter_configs(path) if name not in model.adapters]
     if not adapters:
         raise ModelDirectoryError(f"{path} has no adapter that this model has not; it has {list(model.adapters)}")
     _attach(model, path, adapters)
+
+
+def _same_language_model(model: ComposedModel, path: Path, other_weights: bool) -> bool:
+    if other_weights and find_layout(path)[0] == "herdkit":
+        return dataclass_from_dict(TransformerConfig, read_config(path)["text"], "text.") == model.text.config
+    other, _ = load_model(path, model.text.tok_embeddings.weight.dtype)
+    if model.text.config != other.config:
+        return False
+    ours, theirs = model.text.state_dict(), other.state_dict()
+    return other_weights or all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
 
 
 def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
@@ -129,6 +149,11 @@ def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
     Raises:
         ModelDirectoryError: no such directory, an unreadable or unknown configuration, no tokenizer.
     """
+    if (found := layout_of(Path(path))) is not None:
+        model = found[0].build(found[1])
+        if model.tokenizer is None:
+            raise ModelDirectoryError(f"{path}: no tokenizer can be read: there is none")
+        return model.tokenizer, [Port.of(adapter) for adapter in model.adapters.values()]
     layout, path = find_layout(Path(path))
     try:
         tokenizer = Tokenizer.load(path)

@@ -13,6 +13,8 @@ where `builtin_tools` are given, while here the message's `end` decides.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .tools import BUILT_IN, INTERPRETER, OFFER
 
 _TEMPLATE = r"""
@@ -23,7 +25,13 @@ _TEMPLATE = r"""
         {{ content | tojson }}
     {%- else -%}
         {%- for part in content or [] -%}
-            {{ part.text if part.type == 'text' else raise_exception('this chat template writes text alone') }}
+            {%- if part.type == 'text' -%}
+                {{ part.text }}
+            {%- elif part.type in PLACEHOLDERS -%}
+                {{ PLACEHOLDERS[part.type] }}
+            {%- else -%}
+                {{ raise_exception('this chat template does not write ' + part.type) }}
+            {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
@@ -90,7 +98,18 @@ _TEMPLATE = r"""
 {%- endif -%}
 """
 
-CHAT_TEMPLATE = (
-    f"{{%- set BUILT_IN = {list(BUILT_IN)!r} -%}}\n{{%- set INTERPRETER = {INTERPRETER!r} -%}}\n"
-    f"{{%- set OFFER = {OFFER!r} -%}}" + _TEMPLATE.rstrip("\n")
-)
+
+def chat_template(placeholders: Mapping[str, str]) -> str:
+    """The template of a model that takes media.
+
+    Args:
+        placeholders: what stands in the text for a part of a message, by its type: {"image": "<|image|>"}.
+    """
+    return (
+        f"{{%- set BUILT_IN = {list(BUILT_IN)!r} -%}}\n{{%- set INTERPRETER = {INTERPRETER!r} -%}}\n"
+        f"{{%- set OFFER = {OFFER!r} -%}}\n{{%- set PLACEHOLDERS = {dict(placeholders)!r} -%}}" + _TEMPLATE.rstrip("\n")
+    )
+
+
+CHAT_TEMPLATE = chat_template({})
+"""That of a language model alone."""

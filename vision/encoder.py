@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..text.attention import dot_product_attention
 from .packed import Encoder, PackedTiles
+from .tiles import canvases
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,6 +51,9 @@ class VisionConfig:
         input_norm: a LayerNorm before the first layer, as in CLIP.
         activation: "quick_gelu" is that of OpenAI's CLIP weights.
         pooling: of `pooled`: the class token, or the mean of the patch tokens.
+        tile_tables: what the embeddings of tiles are told apart by: "place", row and column on the canvas, as in Meta's
+            code; or "arrangement", number of the canvas (see `herdkit.vision.tiles.canvases`) and number of the tile,
+            as in Hugging Face's, where training lets one place differ from canvas to canvas.
         padding: "clean": tiles and tokens that are padding do not exist for the others. "released": as in the
             released code, padding is blocked from padding only, so that real tokens attend to padded tiles;
             trained weights of the release depend on it.
@@ -73,6 +77,7 @@ class VisionConfig:
     input_norm: bool = True
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     pooling: Literal["class", "mean"] = "class"
+    tile_tables: Literal["place", "arrangement"] = "place"
     padding: Literal["clean", "released"] = "clean"
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
@@ -96,6 +101,7 @@ class VisionConfig:
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError(f"mean and std need three values, not {self.mean} and {self.std}")
         choices = {"activation": ACTIVATIONS, "pooling": ("class", "mean"), "padding": ("clean", "released")}
+        choices["tile_tables"] = ("place", "arrangement")
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {tuple(allowed)}, not {getattr(self, name)!r}")
@@ -252,11 +258,12 @@ class VisionTransformer(Encoder):
         position_std = dim**-0.5 if config.position_std is None else config.position_std
         self.position_embedding = nn.Parameter(torch.randn(tokens, dim) * position_std)
         if tiles > 1:
-            self.tile_position_embedding = nn.Parameter(torch.empty(tiles, tiles, tokens, dim))
+            rows = tiles if config.tile_tables == "place" else 1 + len(canvases(tiles))
+            self.tile_position_embedding = nn.Parameter(torch.empty(rows, tiles, tokens, dim))
             self.position_gate = nn.Parameter(torch.zeros(1))
-            self.pre_tile_embedding = nn.Parameter(torch.randn(tiles, tiles, 1, dim) * dim**-0.5)
+            self.pre_tile_embedding = nn.Parameter(torch.randn(rows, tiles, 1, dim) * dim**-0.5)
             self.pre_tile_gate = nn.Parameter(torch.zeros(1))
-            self.post_tile_embedding = nn.Parameter(torch.randn(tiles, tiles, 1, dim) * dim**-0.5)
+            self.post_tile_embedding = nn.Parameter(torch.randn(rows, tiles, 1, dim) * dim**-0.5)
             self.post_tile_gate = nn.Parameter(torch.zeros(1))
             self.init_tile_positions()
         self.input_norm = nn.LayerNorm(dim, config.norm_eps) if config.input_norm else nn.Identity()
@@ -288,8 +295,10 @@ class VisionTransformer(Encoder):
         tiles, side = self.max_tiles, math.isqrt(self.config.tokens - 1)
         whole = resize_grid(self.position_embedding[1:], tiles * side)
         whole = whole.view(tiles, side, tiles, side, -1).transpose(1, 2).flatten(2, 3)
-        self.tile_position_embedding[:, :, 0] = self.position_embedding[0]
-        self.tile_position_embedding[:, :, 1:] = whole
+        table = torch.cat([self.position_embedding[0].expand(tiles, tiles, 1, -1), whole], dim=2)
+        if self.config.tile_tables == "arrangement":
+            table = by_arrangement(table)
+        self.tile_position_embedding.copy_(table)
 
     def forward(self, tiles: Tensor, n_tiles: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.padding == "released":
@@ -315,9 +324,18 @@ class VisionTransformer(Encoder):
         return packed.mean(self.norm(x).view(shape)[:, 1:].mean(1))
 
     def _where(self, packed: PackedTiles, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column of each packed tile on its image's canvas."""
-        columns = grid[packed.image, 1]
-        return packed.tile // columns, packed.tile % columns
+        """Which entries of the tables of tiles are those of each packed tile."""
+        return self._entries(packed.tile, grid[packed.image])
+
+    def _entries(self, tile: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tables have the embedding of a tile: of tile numbers (...) and grids (..., 2)."""
+        rows, columns = grid.unbind(-1)
+        if self.config.tile_tables == "place":
+            return tile // columns, tile % columns
+        numbers = torch.zeros(self.max_tiles + 1, self.max_tiles + 1, dtype=torch.int64)
+        for number, canvas in enumerate(canvases(self.max_tiles), start=1):
+            numbers[canvas] = number
+        return numbers.to(tile.device)[rows, columns], tile
 
     def _groups(self, packed: PackedTiles) -> Groups:
         return [(n, t * self.config.tokens) for n, t in packed.groups]
@@ -370,7 +388,8 @@ class VisionTransformer(Encoder):
 
     def _forward_released(self, tiles: Tensor, n_tiles: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """All images padded to `max_tiles` and tiles to a multiple of 8 tokens, at least one more than there
-        are; padded tiles are all zeros after normalisation and get no tile embeddings."""
+        are; padded tiles are all zeros after normalisation, and have embeddings only where a table gives them some:
+        that by arrangement has entries for them, zeros as released."""
         N, T = tiles.shape[:2]
         if self.max_tiles < T:
             raise ValueError(f"{T} tiles, but max_tiles is {self.max_tiles}")
@@ -380,9 +399,11 @@ class VisionTransformer(Encoder):
         if tiles.dtype == torch.uint8:
             pixels = pixels * real[:, :T, None, None, None]
         pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, total - T)).flatten(0, 1)
-        tile = torch.arange(total, device=tiles.device)
-        where = ((tile // grid[:, 1:]).flatten(), (tile % grid[:, 1:]).flatten())
-        scale = real.flatten()[:, None, None].to(self.class_embedding.dtype)
+        tile = torch.arange(total, device=tiles.device).repeat(N)
+        where = self._entries(tile, grid.repeat_interleave(total, dim=0))
+        scale: Tensor | float = 1.0
+        if self.config.tile_tables == "place":
+            scale = real.flatten()[:, None, None].to(self.class_embedding.dtype)
 
         x = F.pad(self._embed(pixels, where, scale), (0, 0, 0, 8 - L % 8))
         padding = ~F.pad(real[..., None].expand(N, total, L), (0, 8 - L % 8), value=False).flatten(1)
@@ -399,6 +420,16 @@ class VisionTransformer(Encoder):
         block = 2 * S * linear + 4 * S * S * config.dim
         patches = 2 * S * 3 * config.patch_size**2 * config.dim
         return (config.n_layers + config.n_global_layers) * block + patches
+
+
+def by_arrangement(table: Tensor) -> Tensor:
+    """A table of tiles by place (max_tiles, max_tiles, L, D) as one by arrangement (see `VisionConfig.tile_tables`),
+    (1 + canvases, max_tiles, L, D): zeros where a canvas has no tile, and for number 0, which is no canvas."""
+    tiles = len(table)
+    expanded = table.new_zeros(1 + len(canvases(tiles)), *table.shape[1:])
+    for number, (rows, columns) in enumerate(canvases(tiles), start=1):
+        expanded[number, : rows * columns] = table[:rows, :columns].flatten(0, 1)
+    return expanded
 
 
 def resize_grid(table: Tensor, side: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from ..adapters.contract import Adapter, Contribution, InterleavedLayer
 from ..adapters.cross_attention import GatedCrossAttention
 from ..text.model import TransformerConfig
-from .interchange import build_encoder
+from .encoder import VisionTransformer
+from .interchange import build_encoder, load_vision_state
 from .tiles import ImagePreparation
 
 
@@ -27,7 +28,8 @@ class ImageAdapterConfig:
     Args:
         encoder: what `herdkit.vision.interchange.build_encoder` makes the encoder from, such as
             {"type": "herdkit", "preset": "tiny"} or {"type": "timm", "model": "vit_base_patch16_224"}.
-        n_cross_layers: cross-attention layers in the language model, spread by `placement`.
+        n_cross_layers: cross-attention layers in the language model.
+        cross_layers: before which of its layers they run, ascending; None for those of `placement`.
         ffn_dim: hidden width of their feed-forward branch; None for that of the language model.
         gate_init: their gates before tanh at the start; 0 leaves the language model undisturbed.
         memory_positions: side of a square table of learned positions that is stretched over the whole image, all
@@ -38,6 +40,7 @@ class ImageAdapterConfig:
 
     encoder: dict[str, Any] = field(default_factory=lambda: {"type": "herdkit", "preset": "tiny"})
     n_cross_layers: int
+    cross_layers: tuple[int, ...] | None = None
     ffn_dim: int | None = None
     gate_init: float = 0.0
     memory_positions: int = 0
@@ -45,8 +48,23 @@ class ImageAdapterConfig:
     def __post_init__(self):
         if self.n_cross_layers < 1:
             raise ValueError(f"n_cross_layers must be at least 1, not {self.n_cross_layers}")
+        if self.cross_layers is not None:
+            self.cross_layers = tuple(self.cross_layers)
+            if len(self.cross_layers) != self.n_cross_layers or list(self.cross_layers) != sorted(
+                set(self.cross_layers)
+            ):
+                raise ValueError(
+                    f"cross_layers must be {self.n_cross_layers} ascending numbers, as many as n_cross_layers, not "
+                    f"{self.cross_layers}"
+                )
         if self.memory_positions < 0:
             raise ValueError(f"memory_positions must not be negative, not {self.memory_positions}")
+
+    def places(self, n_text_layers: int) -> list[int]:
+        """Before which of the language model's layers the cross-attention layers run."""
+        if self.cross_layers is None:
+            return placement(n_text_layers, self.n_cross_layers)
+        return list(self.cross_layers)
 
 
 def preset(name: str) -> ImageAdapterConfig:
@@ -123,10 +141,7 @@ class ImageAdapter(Adapter):
         self.memory_position = nn.Parameter(torch.randn(side, side, text.dim)) if side else None
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
         self.cross_attention = nn.ModuleDict(
-            {
-                str(i): cross_attention(text, config.ffn_dim, config.gate_init)
-                for i in placement(text.n_layers, config.n_cross_layers)
-            }
+            {str(i): cross_attention(text, config.ffn_dim, config.gate_init) for i in config.places(text.n_layers)}
         )
 
     def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
@@ -165,6 +180,24 @@ class ImageAdapter(Adapter):
             places = [stretched(self.memory_position, side, rows, columns, T) for rows, columns in grids.tolist()]
             memory = memory + F.pad(torch.stack(places)[which], (0, 0, 1, 0))
         return memory.flatten(1, 2)
+
+    @torch.no_grad()
+    def with_tiles_of(self, image_size: int, text: TransformerConfig) -> ImageAdapter:
+        """A copy whose encoder takes tiles of another side in pixels: its tables of positions are stretched, all other
+        weights are the same (section 7.2: annealing goes on with larger tiles).
+
+        Raises:
+            ValueError: the encoder is none of ours, or its patches do not divide the side.
+        """
+        if not isinstance(self.encoder, VisionTransformer):
+            raise ValueError(f"the tile size of a {type(self.encoder).__name__} cannot be changed")
+        encoder = {**self.config.encoder, "image_size": image_size}
+        copy = ImageAdapter(replace(self.config, encoder=encoder), text)
+        assert isinstance(copy.encoder, VisionTransformer)
+        load_vision_state(copy.encoder, self.encoder)
+        others = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("encoder.")}
+        copy.load_state_dict(others, strict=False)
+        return copy.to(self.placeholder_embedding).train(self.training)
 
     def interleaved(self) -> Mapping[int, InterleavedLayer]:
         return {int(i): layer for i, layer in self.cross_attention.items()}  # type: ignore[misc]

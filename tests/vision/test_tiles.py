@@ -14,6 +14,7 @@ from herdkit.vision.encoder import CLIP_MEAN, CLIP_STD, VisionTransformer, prese
 from herdkit.vision.tiles import ImagePreparation, VideoPreparation, arrange, canvases
 from PIL import Image
 from transformers.models.mllama.image_processing_mllama import (
+    MllamaImageProcessor,
     get_all_supported_aspect_ratios,
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
@@ -45,17 +46,18 @@ def test_known_arrangements():
         assert plan.rows * plan.columns == tiles
 
 
-@pytest.mark.parametrize("max_tiles", [1, 4, 6])
-def test_arrangement_is_the_release_rule(max_tiles):
+@pytest.mark.parametrize(("max_tiles", "side"), [(1, 28), (4, 28), (4, 560), (6, 28)])
+def test_arrangement_is_the_release_rule(max_tiles, side):
     assert canvases(max_tiles) == get_all_supported_aspect_ratios(max_tiles)
     sizes = random.Random(0)
-    cases = [(sizes.randint(1, 400), sizes.randint(1, 400)) for _ in range(1500)]
-    cases += [(1, 400), (400, 1), (2, 393), (393, 2), (28, 28), (56, 56), (1, 1)]
+    most = 14 * side
+    cases = [(sizes.randint(1, most), sizes.randint(1, most)) for _ in range(4000)]
+    cases += [(1, most), (most, 1), (2, 393), (393, 2), (side, side), (2 * side, 2 * side), (1, 1)]
     for height, width in cases:
-        canvas = get_optimal_tiled_canvas(height, width, max_tiles, 28)
-        fitted = get_image_size_fit_to_canvas(height, width, *canvas, 28)
-        plan = arrange(height, width, 28, max_tiles)
-        assert (plan.rows * 28, plan.columns * 28) == tuple(canvas), (height, width)
+        canvas = get_optimal_tiled_canvas(height, width, max_tiles, side)
+        fitted = get_image_size_fit_to_canvas(height, width, *canvas, side)
+        plan = arrange(height, width, side, max_tiles)
+        assert (plan.rows * side, plan.columns * side) == tuple(canvas), (height, width)
         assert (plan.height, plan.width) == tuple(fitted), (height, width)
 
 
@@ -75,6 +77,23 @@ def test_pixels_are_those_of_the_release():
         assert int(theirs["aspect_ratio_ids"][i, 0]) == canvases(4).index(tuple(ours["grid"][i].tolist())) + 1
         torch.testing.assert_close(pixels[i, :count], theirs["pixel_values"][i, 0, :count], rtol=0, atol=2e-6)
         assert not ours["tiles"][i, count:].any()
+
+
+@pytest.mark.parametrize(("kind", "levels"), [(MllamaImageProcessorPil, 0), (MllamaImageProcessor, 1)])
+def test_random_pictures_are_those_of_the_release(kind, levels):
+    """Canvas, padding, ids and masks equal; pixels within a level of 255 of torch's resampling, equal to Pillow's."""
+    processor = kind(size={"height": 28, "width": 28}, max_image_tiles=4, do_normalize=False, do_rescale=False)
+    sizes = random.Random(1)
+    pictures = [picture(sizes.randint(1, 200), sizes.randint(1, 200), seed=i) for i in range(300)]
+    theirs = processor([[p] for p in pictures], return_tensors="pt")
+    ours = ImagePreparation(tile_size=28)(pictures)
+    ids = torch.tensor([canvases(4).index(tuple(grid)) + 1 for grid in ours["grid"].tolist()])
+    assert torch.equal(theirs["aspect_ratio_ids"][:, 0], ids)
+    assert torch.equal(theirs["aspect_ratio_mask"][:, 0].bool(), torch.arange(4) < ours["n_tiles"][:, None])
+    assert [count for (count,) in theirs["num_tiles"]] == ours["n_tiles"].tolist()
+    difference = (theirs["pixel_values"][:, 0].round().int() - ours["tiles"].int()).abs()
+    assert difference.max() <= levels
+    assert not theirs["pixel_values"][:, 0][torch.arange(4) >= ours["n_tiles"][:, None]].any()
 
 
 def test_a_picture_of_the_tiles_size_is_not_resampled():

@@ -85,7 +85,7 @@ def open_huggingface(path: Path) -> StoredWeights:
         raise ModelDirectoryError(f"{path / 'config.json'}: {error}") from error
     with torch.device("meta"):
         model = Transformer(config)
-    files = _files_by_name(path)
+    files = files_by_name(path)
     pieces: dict[Path, list[Piece]] = {file: [] for file in files.values()}
     faults = []
     wanted = {hf_name(name): name for name in model.state_dict()}
@@ -94,8 +94,8 @@ def open_huggingface(path: Path) -> StoredWeights:
     for stored, name in wanted.items():
         if stored in files:
             piece = Piece(stored, name)
-            if _rotated_heads(config, name):
-                piece = Piece(stored, name, arrange=partial(_to_pairs, width=config.head_dim), block=config.head_dim)
+            if rotated_heads(config, name):
+                piece = Piece(stored, name, arrange=partial(to_pairs, width=config.head_dim), block=config.head_dim)
             pieces[files[stored]].append(piece)
         else:
             faults.append(f"{path}: missing {stored}")
@@ -103,8 +103,12 @@ def open_huggingface(path: Path) -> StoredWeights:
     return StoredWeights(config, StoredTensors(pieces, model.state_dict(), ignored, faults))
 
 
-def _files_by_name(path: Path) -> dict[str, Path]:
-    """Which file of the directory holds a tensor."""
+def files_by_name(path: Path) -> dict[str, Path]:
+    """Which file of the directory holds a tensor.
+
+    Raises:
+        ModelDirectoryError: there are no weights in safetensors, or the index names anything but files beside it.
+    """
     if (path / WEIGHTS).is_file():
         with open_tensors(path / WEIGHTS) as opened:
             return dict.fromkeys(opened.names(), path / WEIGHTS)
@@ -136,7 +140,7 @@ def save_huggingface(
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
     weights = TrainedWeights.of(model)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in weights.tensors.kinds.items()}
-    shards = list(_shards(sizes, max_shard_bytes))
+    shards = list(split_sizes(sizes, max_shard_bytes))
     listed = {}
     for i, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -158,10 +162,11 @@ def save_huggingface(
     # Sampling as the released models recommend it.
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     write_json(path / "generation_config.json", {**ids, "pad_token_id": tokenizer.pad_id, **sampling})
-    _save_tokenizer(tokenizer, path, weights.config.max_seq_len)
+    save_tokenizer(tokenizer, path, weights.config.max_seq_len)
 
 
-def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+def split_sizes(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """The names in groups of at most so many bytes, more only where one alone has more."""
     shard: list[str] = []
     for name, size in sizes.items():
         if shard and sum(sizes[other] for other in shard) + size > max_bytes:
@@ -171,11 +176,20 @@ def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
     yield shard
 
 
-def _save_tokenizer(tokenizer: Tokenizer, path: Path, max_length: int) -> None:
+def save_tokenizer(
+    tokenizer: Tokenizer, path: Path, max_length: int, template: str = CHAT_TEMPLATE, text: str | None = None
+) -> None:
+    """Writes the tokenizer for transformers.
+
+    Args:
+        max_length: longest row of the model.
+        template: Jinja template of its chat format.
+        text: of another `tokenizer.json` than the tokenizer's own, in which the special tokens named here are.
+    """
     ids = tokenizer.bos_id, tokenizer.eot_id, tokenizer.pad_id
     bos, eot, pad = (tokenizer.decode([id], keep_special=True) for id in ids)
     # As released: a text alone gets its beginning marked; the chat template writes that itself.
-    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    backend = tokenizers.Tokenizer.from_str(text or tokenizer.to_json())
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
@@ -188,7 +202,7 @@ def _save_tokenizer(tokenizer: Tokenizer, path: Path, max_length: int) -> None:
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
     write_json(path / "tokenizer_config.json", settings)
 
@@ -214,8 +228,8 @@ def from_hf_state_dict(config: TransformerConfig, tensors: Mapping[str, Tensor])
         raise ValueError("the tensors do not fit the config: " + "; ".join(faults))
     converted = {}
     for name, (ours, _) in wanted.items():
-        heads = _rotated_heads(config, ours)
-        converted[ours] = _to_pairs(found[name], config.head_dim) if heads else found[name]
+        heads = rotated_heads(config, ours)
+        converted[ours] = to_pairs(found[name], config.head_dim) if heads else found[name]
     return converted
 
 
@@ -226,17 +240,22 @@ def to_hf_state_dict(config: TransformerConfig, tensors: Mapping[str, Tensor]) -
 
 
 def _to_hf(config: TransformerConfig, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    if heads := _rotated_heads(config, name):
-        tensor = rearrange(tensor, "(h half two) d -> (h two half) d", h=heads, two=2)
+    if heads := rotated_heads(config, name):
+        tensor = to_halves(tensor, heads)
     return hf_name(name), tensor
 
 
-def _to_pairs(weight: Tensor, width: int) -> Tensor:
+def to_pairs(weight: Tensor, width: int) -> Tensor:
     """Rows in Hugging Face's order to ours, of any number of heads."""
     return rearrange(weight, "(h two half) d -> (h half two) d", half=width // 2, two=2)
 
 
-def _rotated_heads(config: TransformerConfig, name: str) -> int:
+def to_halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows in our order to Hugging Face's."""
+    return rearrange(weight, "(h half two) d -> (h two half) d", h=heads, two=2)
+
+
+def rotated_heads(config: TransformerConfig, name: str) -> int:
     """How many heads of rotated rows our parameter has."""
     if name.endswith("attention.wq.weight"):
         return config.n_heads

@@ -44,8 +44,10 @@ class Piece:
         target: name of the parameter.
         region: the part of the parameter; () is the whole. Pieces with the same target and region are copies
             of one another: the first is loaded, the others must equal it.
-        arrange: from the stored order of rows to ours; keeps the shape.
+        arrange: from the stored order of rows to ours; keeps the shape, unless `shape` is given.
         block: rows that `arrange` takes together; it may be called on any number of such blocks.
+        shape: of the stored tensor, where it is another than that of the region; `arrange` goes from the one to the
+            other, of the whole. Several pieces may take their part of one stored tensor then.
     """
 
     name: str
@@ -53,9 +55,12 @@ class Piece:
     region: Region = ()
     arrange: Callable[[Tensor], Tensor] | None = None
     block: int = 1
+    shape: Shape | None = None
 
     def read(self, opened: TensorFile, region: Region) -> Tensor:
         """A part of the stored tensor, in our order of rows."""
+        if self.arrange is not None and self.shape is not None:
+            return self.arrange(opened.read(self.name))[region]
         if self.arrange is None or not region:
             tensor = opened.read(self.name, region)
             return tensor if self.arrange is None else self.arrange(tensor)
@@ -221,7 +226,7 @@ def fill(
         pieces: that together fill the module's whole state.
         dtype: of the floating-point tensors of a module on the meta device; None for that of the files, the
             widest where they differ.
-        ignored: names in the files that nobody needs.
+        ignored: names in the files that nobody needs, but where a piece of the same file asks for one.
         faults: what is known to be wrong already.
 
     Raises:
@@ -258,7 +263,8 @@ class StoredTensors:
         for file, group in pieces.items():
             try:
                 with open_tensors(file) as opened:
-                    kinds = {name: opened.kind(name) for name in opened.names() if name not in ignored}
+                    unused = set(ignored) - {piece.name for piece in group}
+                    kinds = {name: opened.kind(name) for name in opened.names() if name not in unused}
             except ModelDirectoryError as error:
                 self.faults.append(f"{error}, and should hold {_span(group)}")
                 continue
@@ -338,7 +344,7 @@ def _fitting(
     faults: list[str],
 ) -> list[Piece]:
     """The pieces of one file that are there and fit; what does not is added to `faults`."""
-    wanted = {piece.name: tuple(state[piece.target][piece.region].shape) for piece in group}
+    wanted = {piece.name: piece.shape or tuple(state[piece.target][piece.region].shape) for piece in group}
     found = {name: shape for name, (shape, _) in kinds.items()}
     faults += [f"{file}: {fault}" for fault in shape_faults(wanted, found)]
     fitting = []

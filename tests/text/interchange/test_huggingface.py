@@ -319,7 +319,7 @@ class TestDamage:
                 lambda p: move(p, FIRST, "model-00002-of-00005.safetensors"),
                 "00001-of-00005.safetensors: surplus",
             ),
-            (lambda p: edit_json(p / "config.json", model_type="mllama"), "config.json: model_type is 'mllama'"),
+            (lambda p: edit_json(p / "config.json", model_type="mistral"), "config.json: model_type is 'mistral'"),
             (lambda p: edit_json(p / "config.json", num_hidden_layers=4), "missing model.layers.3.self_attn.q_proj"),
             (lambda p: edit_json(p / "config.json", hidden_size=128, head_dim=32), "expected"),
             (lambda p: edit_json(p / "config.json", hidden_size=10**9, head_dim=None), r"expected \(128, 1000000000\)"),

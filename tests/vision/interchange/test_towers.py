@@ -7,7 +7,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from herdkit.vision import interchange
 from herdkit.vision.encoder import VisionConfig, VisionTransformer
 from herdkit.vision.interchange import (
     ForeignConfig,
@@ -18,6 +17,7 @@ from herdkit.vision.interchange import (
     load_open_clip,
     load_timm,
     load_vision_state,
+    towers,
 )
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -250,7 +250,7 @@ def test_encoders_by_name(monkeypatch):
     spec = {"type": "herdkit", "image_size": 32, "patch_size": 8, "dim": 16, "n_layers": 1, "n_heads": 2}
     assert build_encoder(spec | {"ffn_dim": 32}).width == 16
 
-    class Blur(interchange.ForeignEncoder):
+    class Blur(towers.ForeignEncoder):
         def __init__(self, strength):
             super().__init__(ForeignConfig(model="blur"))
             self.strength = strength
@@ -261,9 +261,9 @@ def test_encoders_by_name(monkeypatch):
         def pool(self, pixels):
             return pixels.flatten(1)
 
-    points = EntryPoints([EntryPoint("blur", f"{__name__}:Blur", interchange.GROUP)])
+    points = EntryPoints([EntryPoint("blur", f"{__name__}:Blur", towers.GROUP)])
     monkeypatch.setattr(EntryPoint, "load", lambda self: Blur)
-    monkeypatch.setattr(interchange, "entry_points", lambda **wanted: points.select(**wanted))
+    monkeypatch.setattr(towers, "entry_points", lambda **wanted: points.select(**wanted))
     assert build_encoder({"type": "blur", "strength": 3}).strength == 3
 
     for wrong, message in (

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..text.model_directory import dataclass_from_dict
-from .encoder import VisionConfig, VisionTransformer, preset, resize_grid
-from .packed import Encoder, PackedTiles
+from ...text.model_directory import dataclass_from_dict
+from ..encoder import VisionConfig, VisionTransformer, preset, resize_grid
+from ..packed import Encoder, PackedTiles
 
 GROUP = "herdkit.encoders"
 
