@@ -1,5 +1,6 @@
-"""Image-text contrastive pre-training of the encoder: the two towers and the CLIP loss (section 7.2: ViT-H/14 on
-2.5 billion pairs; the paper gives neither the text tower nor the temperature)."""
+"""Image-text contrastive pre-training of the encoder: the two towers and the losses of CLIP (arXiv 2103.00020) and
+SigLIP (arXiv 2303.15343) (section 7.2 of the paper: ViT-H/14 on 2.5 billion pairs; it gives neither the text tower
+nor the temperature)."""
 
 from __future__ import annotations
 
@@ -22,6 +23,9 @@ Negatives = Literal["local", "global"]
 the gathered features. A gather without gradients has the right loss and the wrong gradient, so there is none."""
 
 MAX_SCALE = 100.0
+
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
+"""Where SigLIP starts: so that at first nearly every pair is said to be none, as nearly every pair is."""
 
 
 @dataclass(kw_only=True)
@@ -125,10 +129,16 @@ class ContrastiveModel(nn.Module):
         text: the text tower.
         dim: width of the space; None for that of the text tower, whose vectors then stand as they are.
         initial_scale: factor of the cosine similarities at the start; learned, at most 100 (CLIP's values).
+        initial_bias: what is added to them, learned, for `siglip_loss`; None for none.
     """
 
     def __init__(
-        self, vision: Encoder, text: TextTower | WordTower, dim: int | None = None, initial_scale: float = 1 / 0.07
+        self,
+        vision: Encoder,
+        text: TextTower | WordTower,
+        dim: int | None = None,
+        initial_scale: float = 1 / 0.07,
+        initial_bias: float | None = None,
     ):
         super().__init__()
         self.vision = vision
@@ -136,6 +146,7 @@ class ContrastiveModel(nn.Module):
         self.image_projection = nn.Linear(vision.pooled_width, dim or text.width, bias=False)
         self.text_projection = nn.Identity() if dim is None else nn.Linear(text.width, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(initial_scale)))
+        self.logit_bias = None if initial_bias is None else nn.Parameter(torch.full((1,), initial_bias))
         for projection in (self.image_projection, self.text_projection):
             if isinstance(projection, nn.Linear):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
@@ -189,6 +200,50 @@ def gathered(rows: Tensor) -> tuple[Tensor, int]:
     padded = F.pad(rows, (0, 0, 0, max(lengths) - len(rows)))
     parts = torch.distributed.nn.functional.all_gather(padded)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]), sum(lengths[:rank])
+
+
+def clip_objective(model: ContrastiveModel, batch: Mapping[str, Tensor]):
+    """`clip_loss` of a batch."""
+    return clip_loss(*model(batch))
+
+
+def siglip_objective(model: ContrastiveModel, batch: Mapping[str, Tensor]):
+    """`siglip_loss` of a batch.
+
+    Raises:
+        ValueError: the model has no bias.
+    """
+    if model.logit_bias is None:
+        raise ValueError("siglip_loss needs a model with a bias; build it with initial_bias")
+    images, texts, scale = model(batch)
+    return siglip_loss(images, texts, scale, model.logit_bias)
+
+
+def siglip_loss(
+    image_features: Tensor, text_features: Tensor, scale: Tensor, bias: Tensor, *, negatives: Negatives = "global"
+) -> tuple[Tensor, int, dict[str, tuple[Tensor, int]]]:
+    """Every image with every text, a pair or not: the binary cross-entropy of each, summed over texts.
+
+    As in `clip_loss`, sums over processes give the loss and the gradient of the whole batch.
+
+    Args:
+        image_features, text_features, scale, negatives: as in `clip_loss`.
+        bias: (1,), added to the scaled similarities.
+
+    Returns:
+        Loss summed over this process's N images; N; and the metric `image_to_text`.
+    """
+    N = len(image_features)
+    with torch.autocast(image_features.device.type, enabled=False):
+        images, texts = image_features.float(), text_features.float()
+        offset = 0
+        if negatives == "global" and torch.distributed.is_initialized():
+            texts, offset = gathered(texts)
+        logits = scale.float() * images @ texts.T + bias.float()
+        targets = torch.arange(offset, offset + N, device=logits.device)
+        pairs = F.one_hot(targets, len(texts)).to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits, pairs, reduction="sum")
+    return loss, N, {"image_to_text": ((logits.argmax(1) == targets).sum(), N)}
 
 
 def clip_loss(

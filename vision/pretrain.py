@@ -3,30 +3,36 @@ adapter on captions through the frozen language model (sections 7.2 and 7.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
-from ..data.shards import Sample
 from ..data.sources import DataConfig, open_loader
 from ..text.model_directory import load_part, load_text, save_part
-from ..text.tokenizer import Tokenizer
 from ..train.parallel import rank, world_size
 from ..train.recipe import Stage, StageRecipe, train_by
-from .contrastive import ContrastiveModel, TextTower, TextTowerConfig, WordTower, clip_loss
+from .contrastive import (
+    SIGLIP_BIAS,
+    SIGLIP_SCALE,
+    ContrastiveModel,
+    TextTower,
+    TextTowerConfig,
+    WordTower,
+    clip_objective,
+    siglip_objective,
+)
 from .encoder import VisionTransformer
 from .image_adapter import ImageAdapter, ImageAdapterConfig
 from .interchange import build_encoder, load_vision_state
+from .interchange.open_clip import open_clip_refusal, save_open_clip
 from .packed import Encoder
+from .pairs import PairCollator
 from .tiles import ImagePreparation
 from .video_adapter import VideoAdapter, VideoAdapterConfig
-
-IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
+from .zero_shot import ZeroShot, ZeroShotConfig
 
 
 @dataclass(kw_only=True)
@@ -38,6 +44,8 @@ class ContrastiveRecipe(StageRecipe):
         text_tower: sizes of the text tower; its vocabulary is the tokenizer's. Left out: `WordTower` of the
             language model in `init`.
         embedding_dim: width of the space that both towers share; left out: the text tower's.
+        loss: "clip" or "siglip".
+        held_out: what to measure at `trainer.evaluate_every` and at the end; left out: nothing.
         data: samples with an image and its caption in the member `txt`.
     """
 
@@ -45,45 +53,14 @@ class ContrastiveRecipe(StageRecipe):
     encoder: dict[str, Any]
     text_tower: TextTowerConfig | None = None
     embedding_dim: int | None = None
+    loss: Literal["clip", "siglip"] = "clip"
+    held_out: ZeroShotConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
 
 
-class PairCollator:
-    """Samples with an image and a `txt` member to the batch of `ContrastiveModel`; captions of more than
-    `max_length` tokens are cut."""
-
-    def __init__(self, tokenizer: Tokenizer, prepare: ImagePreparation, max_length: int | None = None):
-        self.tokenizer = tokenizer
-        self.prepare = prepare
-        self.max_length = max_length
-
-    def __call__(self, samples: Sequence[tuple[int, Sample]]) -> dict[str, Tensor]:
-        """
-        Raises:
-            ValueError: a sample has no image; MediaError: it does not decode.
-        """
-        images, captions = [], []
-        for _, sample in samples:
-            member = next((name for name in IMAGE_MEMBERS if name in sample.members), None)
-            if member is None:
-                raise ValueError(f"{sample.shard}: sample {sample.key} has none of {', '.join(IMAGE_MEMBERS)}")
-            images.append(self.prepare.load(sample.members[member]))
-            tokens = self.tokenizer.encode(sample.text("txt"))
-            if self.max_length is not None:
-                # Cut as CLIP does: the last token, which the tower reads, is always the end of the text.
-                tokens = tokens[: self.max_length - 1]
-            captions.append(torch.tensor([*tokens, self.tokenizer.eos_id]))
-        lengths = torch.tensor([len(caption) for caption in captions])
-        tokens = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
-        return {**self.prepare(images), "tokens": tokens, "lengths": lengths}
-
-
-def contrastive_objective(model: ContrastiveModel, batch: Mapping[str, Tensor]):
-    return clip_loss(*model(batch))
-
-
 def pretrain_encoder(recipe: ContrastiveRecipe, run_dir: Path) -> dict[str, Any]:
-    """Trains both towers and writes the image encoder to `run_dir/encoder.safetensors`."""
+    """Trains both towers and writes the image encoder to `run_dir/encoder.safetensors`, and both to `run_dir/open_clip`
+    where open_clip can hold them."""
     torch.manual_seed(recipe.trainer.seed)
     language_model, tokenizer = load_text(recipe.init, torch.float32)
     encoder = build_encoder(recipe.encoder)
@@ -94,15 +71,22 @@ def pretrain_encoder(recipe: ContrastiveRecipe, run_dir: Path) -> dict[str, Any]
         max_length = recipe.text_tower.max_length
         recipe.text_tower.vocab_size = tokenizer.vocab_size
         text = TextTower(recipe.text_tower)
-    model = ContrastiveModel(encoder, text, recipe.embedding_dim)
+    start = {} if recipe.loss == "clip" else {"initial_scale": SIGLIP_SCALE, "initial_bias": SIGLIP_BIAS}
+    model = ContrastiveModel(encoder, text, recipe.embedding_dim, **start)
     prepare = ImagePreparation(tile_size=encoder.image_size, max_tiles=encoder.max_tiles)
     collate = PairCollator(tokenizer, prepare, max_length)
     batch_size = recipe.trainer.micro_batch_size(world_size())
     # The loss speaks to all processes: each must have a batch in every step.
     loader = open_loader(recipe.data, collate, batch_size, rank(), world_size(), drop_last=True)
-    result = train_by(recipe, model, loader, contrastive_objective, run_dir)
+    measure = None
+    if recipe.held_out is not None:
+        measure = ZeroShot(recipe.held_out, tokenizer, prepare, max_length).measure
+    objective = clip_objective if recipe.loss == "clip" else siglip_objective
+    result = train_by(recipe, model, loader, objective, run_dir, measure)
     if rank() == 0:
         save_part(model.vision, run_dir / "encoder.safetensors")
+        if open_clip_refusal(model) is None:
+            save_open_clip(model, run_dir / "open_clip", tokenizer)
     return result
 
 
@@ -138,6 +122,35 @@ def load_encoder(encoder: Encoder, file: Path) -> None:
 
 
 @dataclass(kw_only=True)
+class ImageAnnealRecipe(AdapterRecipe):
+    """
+    Args:
+        init: model directory with a pre-trained image adapter.
+        image_size: side of a tile in pixels to go on with; None for that of `init`.
+    """
+
+    image_size: int | None = None
+
+
+def anneal_image_adapter(recipe: ImageAnnealRecipe, run_dir: Path) -> dict[str, Any]:
+    """Goes on with a trained image adapter, on better captions and larger tiles. The optimizer starts anew.
+
+    Raises:
+        ValueError: `init` has no image adapter of ours; another adapter reads its tiles.
+    """
+    torch.manual_seed(recipe.trainer.seed)
+    model = initial_model(recipe)
+    image = model.adapters.get("image")
+    if not isinstance(image, ImageAdapter):
+        raise ValueError(f"{recipe.init} has no image adapter of ours")
+    if recipe.image_size not in (None, image.encoder.image_size):
+        if users := [name for name, other in model.adapters.items() if "image" in other.requires]:
+            raise ValueError(f"image_size: {', '.join(users)} of {recipe.init} cannot follow to tiles of another size")
+        model.image = image.with_tiles_of(recipe.image_size, model.text.config)
+    return train_on_dialogs(recipe, model, run_dir)
+
+
+@dataclass(kw_only=True)
 class VideoPretrainRecipe(AdapterRecipe):
     """
     Args:
@@ -167,4 +180,5 @@ def pretrain_video_adapter(recipe: VideoPretrainRecipe, run_dir: Path) -> dict[s
 
 CONTRASTIVE = Stage(ContrastiveRecipe, pretrain_encoder)
 IMAGE = Stage(ImagePretrainRecipe, pretrain_image_adapter)
+IMAGE_ANNEAL = Stage(ImageAnnealRecipe, anneal_image_adapter)
 VIDEO = Stage(VideoPretrainRecipe, pretrain_video_adapter)

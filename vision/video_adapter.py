@@ -4,7 +4,7 @@ before some of the image adapter's (section 7.2 of the paper; no released model 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -188,6 +188,21 @@ class VideoAdapter(Adapter):
         memory = rearrange(merged, "(n e) m d -> n (e m) d", n=N)
         soft = self.placeholder_embedding.expand(N, 1, -1)
         return Contribution(soft_tokens=soft, memory=memory)
+
+    def sample(self, frames: int, merge: int) -> None:
+        """From now on `frames` of a clip, `merge` of them into one: 16 and 16 in pre-training, 64 and 32 in finetuning.
+
+        Raises:
+            ValueError: `merge` does not divide `frames`, or there are no time embeddings for so many.
+        """
+        most = self.aggregator.max_frames
+        if merge > most:
+            raise ValueError(
+                f"merge ({merge}) is above max_merge ({most}), the frames that the aggregator has times for"
+            )
+        self.config = replace(self.config, frames=frames, merge=merge, max_merge=most)
+        size = self.config.tile_size
+        self.prepare = VideoPreparation(frames=frames, tile_size=size, max_tiles=self.config.max_tiles)
 
     @torch.no_grad()
     def see_as_image(self, image: ImageAdapter) -> None:

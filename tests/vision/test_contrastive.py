@@ -1,4 +1,4 @@
-"""The CLIP loss against open_clip and against one big batch on two processes; the text tower; the whole model."""
+"""The losses against open_clip and against one big batch on two and four processes; the text tower; the whole model."""
 
 import math
 import os
@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from herdkit.vision.contrastive import ContrastiveModel, TextTower, TextTowerConfig, WordTower, clip_loss
+from herdkit.vision.contrastive import (
+    ContrastiveModel,
+    TextTower,
+    TextTowerConfig,
+    WordTower,
+    clip_loss,
+    siglip_loss,
+    siglip_objective,
+)
 from herdkit.vision.encoder import VisionConfig, VisionTransformer
 from torch.nn import functional as F
 
@@ -43,55 +51,88 @@ def test_loss_and_gradients_are_those_of_open_clip():
     assert metrics["image_to_text"] == (by_hand, 6)
 
 
-SHARES = [4, 2]
-"""Pairs of each process: one of them has left out two bad samples."""
+def test_sigmoid_loss_and_gradients_are_those_of_open_clip():
+    from open_clip.loss import SigLipLoss
+
+    inputs, weights = pairs()
+    log_scale = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor([-1.5], dtype=torch.float64, requires_grad=True)
+    learned = (weights, log_scale, bias)
+    expected = SigLipLoss()(*towers(inputs, weights), log_scale.exp(), bias)
+    reference = torch.autograd.grad(expected, learned)
+    total, count, _ = siglip_loss(*towers(inputs, weights), log_scale.exp(), bias)
+    torch.testing.assert_close((total / count).double(), expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(total / count, learned), reference, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def losses_of_rank(rank: int, folder: str) -> dict[str, list[torch.Tensor]]:
-    """Joins the two processes; loss and gradients of one rank's share, summed over ranks as a trainer does."""
+SHARES = {2: [4, 2], 4: [2, 1, 2, 1]}
+"""Pairs of each process: some have left out bad samples."""
+
+
+def losses_of_rank(rank: int, world: int, folder: str) -> dict[str, list[torch.Tensor]]:
+    """Joins the processes; loss and gradients of one rank's share, summed over ranks as a trainer does."""
     meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=150))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=150))
     inputs, weights = pairs()
     out = {}
     try:
-        for negatives in ("global", "local"):
+        for name in ("clip global", "clip local", "siglip global"):
+            kind, negatives = name.split()
             weights = weights.detach().requires_grad_()
             log_scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
-            images, texts = towers(inputs.split(SHARES, dim=1)[rank], weights)
-            loss, count, _ = clip_loss(images, texts, log_scale.exp(), negatives=negatives)
+            bias = torch.tensor([-1.5], dtype=torch.float64, requires_grad=True)
+            images, texts = towers(inputs.split(SHARES[world], dim=1)[rank], weights)
+            if kind == "clip":
+                loss, count, _ = clip_loss(images, texts, log_scale.exp(), negatives=negatives)
+            else:
+                loss, count, _ = siglip_loss(images, texts, log_scale.exp(), bias)
             loss.backward()
-            sums = [loss.detach(), weights.grad, log_scale.grad, torch.tensor(count)]
-            for value in sums:
+            sums = [loss.detach(), weights.grad, log_scale.grad]
+            sums += [bias.grad] if kind == "siglip" else []
+            for value in (*sums, total := torch.tensor(count)):
                 dist.all_reduce(value)
-            out[negatives] = [value / sums[3] for value in sums[:3]]
+            out[name] = [value / total for value in sums]
     finally:
         dist.destroy_process_group()
     return out
 
 
-def test_two_processes_are_one_big_batch(tmp_path):
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_are_one_big_batch(tmp_path, world):
     """A wrong gather has the right loss; the gradients tell."""
-    import open_clip  # here, since it takes seconds and the second process does without
+    import open_clip  # here, since it takes seconds and the other processes do without
+    from open_clip.loss import SigLipLoss
 
-    code = f"import sys, {__name__.rpartition('.')[2]} as t; t.losses_of_rank(1, sys.argv[1])"
+    code = f"import sys, {__name__.rpartition('.')[2]} as t; t.losses_of_rank(int(sys.argv[1]), {world}, sys.argv[2])"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    if inherited := os.environ.get("PYTHONPATH"):
+        environment["PYTHONPATH"] += os.pathsep + inherited
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)], env=environment)
+        for rank in range(1, world)
+    ]
     try:
-        out = losses_of_rank(0, str(tmp_path))
-        assert worker.wait(timeout=60) == 0
+        out = losses_of_rank(0, world, str(tmp_path))
+        assert [worker.wait(timeout=60) for worker in workers] == [0] * (world - 1)
     finally:
-        worker.kill()
-        worker.wait()
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
     inputs, weights = pairs()
     log_scale = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor([-1.5], dtype=torch.float64, requires_grad=True)
     images, texts = towers(inputs, weights)
     whole = open_clip.ClipLoss()(images, texts, log_scale.exp())
-    shares = zip(images.split(SHARES), texts.split(SHARES), SHARES, strict=True)
-    apart = sum(n * open_clip.ClipLoss()(i, t, log_scale.exp()) for i, t, n in shares) / sum(SHARES)
-    for negatives, loss in (("global", whole), ("local", apart)):
-        expected = [loss, *torch.autograd.grad(loss, (weights, log_scale), retain_graph=True)]
-        for ours, theirs in zip(out[negatives], expected, strict=True):
+    sigmoid = SigLipLoss()(images, texts, log_scale.exp(), bias)
+    shares = SHARES[world]
+    split = zip(images.split(shares), texts.split(shares), shares, strict=True)
+    apart = sum(n * open_clip.ClipLoss()(i, t, log_scale.exp()) for i, t, n in split) / sum(shares)
+    learned = {"clip global": (weights, log_scale), "siglip global": (weights, log_scale, bias)}
+    for name, loss in {"clip global": whole, "clip local": apart, "siglip global": sigmoid}.items():
+        gradients = torch.autograd.grad(loss, learned.get(name, (weights, log_scale)), retain_graph=True)
+        for ours, theirs in zip(out[name], [loss, *gradients], strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
     assert abs(whole - apart) > 0.1
 
@@ -205,6 +246,23 @@ def test_the_model_learns_which_caption_belongs_to_which_picture():
         rough = clip_loss(*model(batch))[0]
     assert rough.dtype == torch.float32
     assert rough.item() == pytest.approx(exact.item(), abs=0.1 * n)
+
+
+def test_a_sigmoid_needs_a_bias_which_learns():
+    model = small_model()
+    batch = {
+        "tiles": torch.randint(0, 256, (3, 1, 3, 16, 16), dtype=torch.uint8),
+        "n_tiles": torch.ones(3, dtype=torch.int64),
+        "grid": torch.ones(3, 2, dtype=torch.int64),
+        "tokens": torch.randint(50, (3, 6)),
+        "lengths": torch.full((3,), 6),
+    }
+    with pytest.raises(ValueError, match="initial_bias"):
+        siglip_objective(model, batch)
+    model = ContrastiveModel(model.vision, model.text, 16, initial_scale=10.0, initial_bias=-10.0)
+    siglip_objective(model, batch)[0].backward()
+    assert model.logit_bias.grad.item() < 0
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_the_scale_stops_at_100_and_can_fall_again():

@@ -7,7 +7,7 @@ import pytest
 from herdkit.data.media import MediaError
 from herdkit.data.shards import Sample
 from herdkit.text.tokenizer import Tokenizer
-from herdkit.vision.pretrain import PairCollator
+from herdkit.vision.pairs import PairCollator
 from herdkit.vision.tiles import ImagePreparation
 from PIL import Image
 
