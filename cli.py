@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters.commands import add_show_command
+from .adapters.evaluate_command import add_evaluate_command
 from .data.command_line import add_command
 from .data.commands import add_shards_commands
 from .speech.commands import add_transcribe_command
@@ -188,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert_parser.add_argument("--dtype", choices=dtypes, help="of the weights (that of the files)")
     convert_parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="huggingface (%(default)s)")
     convert_parser.add_argument("--model-parallel", type=int, default=1, help="meta: number of files (%(default)s)")
+    add_evaluate_command(commands)
     add_transcribe_command(commands)
     add_show_command(add_shards_commands(commands))
     return parser

@@ -94,7 +94,7 @@ def _spans(found: SampleTokens, start: int, stop: int, tokenizer: Tokenizer) -> 
             length, part = media[at]
             name = html.escape(tokenizer.decode([found.tokens[at]], keep_special=True))
             caption = f'<span class="special">{name}</span>{f" x {length:,}" * (length > 1)}'
-            yield f"<figure>{_picture(part)}<figcaption>{caption}</figcaption></figure>"
+            yield f"<figure>{picture_of(part)}<figcaption>{caption}</figcaption></figure>"
             at += length
             continue
         end = at + 1
@@ -132,7 +132,7 @@ def _goes_on(found: SampleTokens, start: int, end: int, stop: int, tokenizer: To
     return bool(tokenizer.token_bytes(found.tokens[end]))
 
 
-def _picture(part: Part) -> str:
+def picture_of(part: Part) -> str:
     """What a medium looks like; the reason where it cannot be decoded, which a model without its adapter never does."""
     try:
         if part.type == "image":

@@ -1,0 +1,153 @@
+"""Scores of answers by the rules of the benchmarks of sections 7.6 and 7.7: each between 0 and 1, for one question."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+
+ARTICLES = ("a", "an", "the")
+DIGITS = dict(zip(("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+                  ("0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"), strict=True))  # fmt: skip
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_CONTRACTIONS = """
+    ain't aren't can't couldn't could've didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'd i'm i've
+    isn't it'd it'll ma'am might've mustn't needn't oughtn't she'd she's shouldn't should've somebody's someone's that's
+    there's they'd they'll they're they've wasn't we've weren't what's when's where's who's why's won't wouldn't
+    would've y'all you'd you'll you're you've
+"""
+_WITH_APOSTROPHE = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
+"""Written without their apostrophes in answers, they count as these."""
+
+
+def exact_match(given: str, answers: Sequence[str]) -> float:
+    """1 where the answer is one of these, but for case, white space and a full stop at the end."""
+    return float(any(_plain(given) == _plain(answer) for answer in answers))
+
+
+def vqa_accuracy(given: str, answers: Sequence[str]) -> float:
+    """VQAv2 (arXiv 1612.00837): an answer is right to the degree that people gave it, min(matches / 3, 1), averaged
+    over the sets that leave out one of them; with a single answer, whether it is that one. Both sides are compared as
+    `vqa_form`."""
+    found, people = vqa_form(given), [vqa_form(answer) for answer in answers]
+    if len(people) == 1:
+        return float(found == people[0])
+    scores = []
+    for left_out in range(len(people)):
+        others = people[:left_out] + people[left_out + 1 :]
+        scores.append(min(others.count(found) / 3, 1.0))
+    return sum(scores) / len(scores)
+
+
+def vqa_form(answer: str) -> str:
+    """Lower case, without punctuation and articles, numbers up to ten in digits, contractions with apostrophes."""
+    text = " ".join(answer.lower().split())
+    comma_in_number = re.search(r"\d,\d", text) is not None
+    for mark in _PUNCTUATION:
+        glued = not (f"{mark} " in text or f" {mark}" in text or comma_in_number)
+        text = text.replace(mark, " " if glued else "")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [DIGITS.get(word, word) for word in text.split()]
+    return " ".join(_WITH_APOSTROPHE.get(word, word) for word in words if word not in ARTICLES)
+
+
+def anls(given: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+    """The normalised Levenshtein similarity to the nearest answer, 0 below the threshold (DocVQA, arXiv 1905.13648; the
+    mean over questions is ANLS). Letter case and white space at the ends do not count.
+
+    Raises:
+        ModuleNotFoundError: rapidfuzz, of the extra `evaluation`, is not installed.
+    """
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("rapidfuzz is missing: pip install 'herdkit[evaluation]'") from error
+
+    def form(text: str) -> str:
+        return " ".join(text.strip().lower().split())
+
+    nearest = max(Levenshtein.normalized_similarity(form(given), form(answer)) for answer in answers)
+    return nearest if nearest >= threshold else 0.0
+
+
+def relaxed_accuracy(given: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
+    """ChartQA (arXiv 2203.10244): numbers within five percent of the right one, all else equal but for case."""
+    return float(any(_relaxed(given, answer, tolerance) for answer in answers))
+
+
+def _relaxed(given: str, answer: str, tolerance: float) -> bool:
+    found, wanted = number_of(given), number_of(answer)
+    if found is None or wanted is None:
+        return _plain(given) == _plain(answer)
+    return found == wanted if wanted == 0 else abs(found - wanted) / abs(wanted) <= tolerance
+
+
+def number_of(text: str) -> float | None:
+    """The number that a text is, percent as its hundredth; None where it is none."""
+    text = _plain(text).replace(",", "").removeprefix("$").strip()
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?%?", text) is None:
+        return None
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+def chosen_option(given: str, options: Sequence[str]) -> int | None:
+    """Which of the options an answer means, or None where it cannot be told: what is not understood is wrong, and never
+    guessed.
+
+    In this order: a letter alone ("B", "(b).", "**B**"); the letter after "answer"; a letter at the start that is
+    followed by a mark ("B) blue"); the one option whose text the answer is; the one whose text stands in it; the one
+    letter that stands in it in brackets or alone as a capital (but "A" and "I", which are words too, only in brackets).
+    """
+    letters = string.ascii_uppercase[: len(options)]
+    text = given.strip().strip("*_`\"' ")
+    alone = re.fullmatch(rf"\(?([{letters}{letters.lower()}])\)?[.:,)]?", text)
+    if alone:
+        return letters.index(alone[1].upper())
+    named = re.findall(rf"answer(?:\s+is)?\s*:?\s*\**\(?([{letters}])\b\)?", text, re.IGNORECASE)
+    if named and len({letter.upper() for letter in named}) == 1:
+        return letters.index(named[0].upper())
+    begun = re.match(rf"\(?([{letters}])[).:]\s", text)
+    if begun:
+        return letters.index(begun[1])
+    same = [i for i, option in enumerate(options) if _plain(option) == _plain(text)]
+    if len(same) == 1:
+        return same[0]
+    plain = [_plain(option) for option in options]
+    within = [i for i, option in enumerate(plain) if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", _plain(text))]
+    # "red" within "dark red" is no mention of its own.
+    longest = [i for i in within if not any(i != j and plain[i] in plain[j] for j in within)]
+    if len(longest) == 1:
+        return longest[0]
+    capitals = "".join(letter for letter in letters if letter not in "AI")
+    found = re.findall(rf"\(([{letters}])\)", text)
+    if not found and capitals:
+        found = re.findall(rf"(?<!\w)([{capitals}])(?!\w)", text)
+    return letters.index(found[0]) if len(set(found)) == 1 else None
+
+
+def multiple_choice(given: str, answers: Sequence[str], options: Sequence[str]) -> float:
+    """Whether the answer means the right option, which is given by its letter or its text.
+
+    Raises:
+        ValueError: the right answer is no option.
+    """
+    wanted = {right_option(answer, options) for answer in answers}
+    return float(chosen_option(given, options) in wanted)
+
+
+def right_option(answer: str, options: Sequence[str]) -> int:
+    """The option that a right answer names by its text or its letter.
+
+    Raises:
+        ValueError: none.
+    """
+    if answer in options:
+        return list(options).index(answer)
+    letter = answer.strip().strip("().").upper()
+    if len(letter) == 1 and letter in string.ascii_uppercase[: len(options)]:
+        return string.ascii_uppercase.index(letter)
+    raise ValueError(f"the right answer {answer!r} is none of the options {list(options)}")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")

@@ -1,0 +1,110 @@
+"""The rules of the benchmarks, by examples worked by hand from their papers."""
+
+import pytest
+from herdkit.adapters.metrics import (
+    anls,
+    chosen_option,
+    exact_match,
+    multiple_choice,
+    number_of,
+    relaxed_accuracy,
+    right_option,
+    vqa_accuracy,
+    vqa_form,
+)
+
+
+def test_vqa_accuracy_is_the_mean_over_nine_of_ten():
+    people = ["red"] * 3 + ["blue"] * 7
+    # Leaving out one who said red: 2 of 3 in three of ten sets; else all 3.
+    assert vqa_accuracy("Red.", people) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert vqa_accuracy("the blue", people) == 1
+    assert vqa_accuracy("green", people) == 0
+    assert vqa_accuracy("red", ["red"] + ["blue"] * 9) == pytest.approx(9 * (1 / 3) / 10)
+    assert vqa_accuracy("a red", ["red"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        ("Two", "2"),
+        ("The red, big one!", "red big 1"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("a.m.", "am"),
+        ("dont know", "don't know"),
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("  NO\n", "no"),
+    ],
+)
+def test_vqa_form(answer, form):
+    assert vqa_form(answer) == form
+
+
+def test_anls_is_zero_below_the_threshold():
+    assert anls("Hello", ["hello"]) == 1
+    # One letter of ten is wrong.
+    assert anls("1234567890", ["123456789x"]) == pytest.approx(0.9)
+    assert anls("abcd", ["abxy", "zzzz"]) == pytest.approx(0.5)
+    assert anls("abcd", ["axyz"]) == 0
+    assert anls("dollar", ["yen", "dollars"]) == pytest.approx(6 / 7)
+
+
+def test_relaxed_accuracy():
+    for given, right, expected in (
+        ("105", "100", 1),
+        ("105.1", "100", 0),
+        ("95", "100", 1),
+        ("12%", "0.12", 1),
+        ("$1,040", "1000", 1),
+        ("0", "0", 1),
+        ("0.01", "0", 0),
+        ("Blue.", "blue", 1),
+        ("light blue", "blue", 0),
+        ("-10", "10", 0),
+    ):
+        assert relaxed_accuracy(given, [right]) == expected, (given, right)
+    assert number_of("about 5") is None
+    assert number_of("1e3") == 1000
+
+
+OPTIONS = ["red", "dark red", "blue", "a big star"]
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ("B", 1),
+        ("(c)", 2),
+        ("b.", 1),
+        ("**D**", 3),
+        ("The answer is C", 2),
+        ("Answer: (B) dark red", 1),
+        ("C) blue", 2),
+        ("blue", 2),
+        ("It is dark red.", 1),
+        ("I think it is red", 0),
+        ("A big star", 3),
+        ("I would say (A)", 0),
+        ("Surely C of all of them", 2),
+        ("red or blue", None),
+        ("I do not know", None),
+        ("A thing", None),
+        ("", None),
+        ("Answer: B or answer: C", None),
+    ],
+)
+def test_what_an_answer_means(given, option):
+    assert chosen_option(given, OPTIONS) == option
+
+
+def test_multiple_choice_is_given_by_letter_or_text():
+    assert multiple_choice("the answer is B", ["dark red"], OPTIONS) == 1
+    assert multiple_choice("(B)", ["B"], OPTIONS) == 1
+    assert multiple_choice("C", ["B"], OPTIONS) == 0
+    assert multiple_choice("no idea", ["B"], OPTIONS) == 0
+    assert right_option("(d)", OPTIONS) == 3
+    with pytest.raises(ValueError, match="'green' is none of the options"):
+        right_option("green", OPTIONS)
+    assert exact_match(" Red. ", ["blue", "red"]) == 1
