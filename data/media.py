@@ -34,6 +34,8 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
+from .video_seek import on_show, picture_of
+
 Source = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO
 
 MAX_PIXELS = 2 * 89_478_485
@@ -97,18 +99,20 @@ def load_image(source: Source | Image.Image) -> Image.Image:
         return _upright_rgb(image, name)
 
 
-def load_video(source: Source, frames: int, size: int | None = None) -> Clip:
+def load_video(source: Source, frames: int, size: int | None = None, *, whole: bool = False) -> Clip:
     """Samples frames of a video uniformly over its whole duration.
 
     The duration runs from the first frame's time to the end of the last frame's. It is cut into `frames`
     equal slices, and the frame on show at the centre of each is taken (one that begins just there counts). So
     the rule holds for any rate, also a variable one; of a video with fewer frames some are taken repeatedly.
-    Frames are decoded once, in order, and only those taken are kept; the compressed stream is held in
-    memory. Rotation metadata is applied. Pixels are taken as square.
+    Where the stream tells the times of its frames, only what is needed for those taken is decoded, from the key
+    frame before each; else the stream from its start, once and in order. Only the frames taken are kept; the compressed
+    stream is held in memory. Rotation metadata is applied. Pixels are taken as square.
 
     Args:
         frames: how many, at least 1.
         size: the longer side of the result in pixels, if the video's is longer.
+        whole: decode everything up to the last frame taken, so that damage between frames is found too.
 
     Raises:
         MediaError: see the top of the file; also a file without a picture track (cover art is none), and one
@@ -126,15 +130,19 @@ def load_video(source: Source, frames: int, size: int | None = None) -> Clip:
         reformatter = VideoReformatter()  # not thread-safe, so one for each clip
         picked: list[Tensor] = []
         times: list[float] = []
+        # In integers of the stream's time base, all times 2 * frames: ties must not hang on rounding.
+        targets = [2 * frames * start + (2 * k + 1) * (end - start) for k in range(frames)]
+        seekable = not (by_rank or whole)
+        if seekable and (found := on_show(packets, context, targets, 2 * frames, reformatter, size)) is not None:
+            times = [float((since - start) * stream.time_base) for _, since in found]
+            return Clip(torch.stack([picture for picture, _ in found]), torch.tensor(times, dtype=torch.float32))
         for frame, since, until in _shown(packets, by_rank, start, step):
             picture = None
             while len(picked) < frames:
-                # In integers of the stream's time base, all times 2 * frames: ties must not hang on rounding.
-                target = 2 * frames * start + (2 * len(picked) + 1) * (end - start)
-                if until is not None and target >= 2 * frames * until:
+                if until is not None and targets[len(picked)] >= 2 * frames * until:
                     break
                 if picture is None:
-                    picture = _picture(frame, reformatter, size, picked[0] if picked else None)
+                    picture = picture_of(frame, reformatter, size, picked[0] if picked else None)
                 picked.append(picture)
                 times.append(float((since - start) * stream.time_base))
             if len(picked) == frames:
@@ -404,19 +412,6 @@ def _shown(
         held = (frame, since)
     if held is not None:
         yield *held, None
-
-
-def _picture(frame: av.VideoFrame, reformatter: VideoReformatter, size: int | None, like: Tensor | None) -> Tensor:
-    """(3, H, W) uint8, upright; of the size of `like`, since a stream may change its size on the way."""
-    turns = round(frame.rotation / 90) % 4
-    width, height = frame.width, frame.height
-    if like is not None:
-        height, width = like.shape[1:] if turns % 2 == 0 else (like.shape[2], like.shape[1])
-    elif size is not None and max(width, height) > size:
-        scale = size / max(width, height)
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    frame = reformatter.reformat(frame, width=width, height=height, format="rgb24")
-    return torch.rot90(torch.from_numpy(frame.to_ndarray()), turns, (0, 1)).permute(2, 0, 1).contiguous()
 
 
 def _read_audio(name: str, file: BinaryIO) -> tuple[Tensor, int]:

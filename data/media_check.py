@@ -40,7 +40,7 @@ def member_problem(extension: str, content: bytes) -> str | None:
         elif kind == "audio":
             load_audio(content)
         elif kind == "video":
-            load_video(content, CHECKED_FRAMES, size=32)
+            load_video(content, CHECKED_FRAMES, size=32, whole=True)
         elif kind in ("text", "json"):
             text = content.decode("utf-8")
             if kind == "json":

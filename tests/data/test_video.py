@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from herdkit.data import media
+from herdkit.data import media, video_seek
 from herdkit.data.media import MediaError, load_video
 from PIL import Image
 
@@ -162,12 +162,66 @@ def test_size_limits_the_longer_side(video):
 
 def test_only_the_frames_taken_are_converted(video, monkeypatch):
     converted = []
-    original = media._picture
-    monkeypatch.setattr(media, "_picture", lambda *args: converted.append(1) or original(*args))
+    original = media.picture_of
+    for module in (media, video_seek):
+        monkeypatch.setattr(module, "picture_of", lambda *args: converted.append(1) or original(*args))
     load_video(video("mp4", frames=60, rate=30), 4)
     assert len(converted) == 4
     load_video(video("mp4", frames=2), 9)
     assert len(converted) == 6
+
+
+GROUPS = [
+    ("mp4", "libx264", {"g": "12", "bf": "3"}),
+    ("mkv", "libx264", {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
+    ("mp4", "mpeg4", {"g": "9", "bf": "2"} | FINE),
+    ("webm", "libvpx-vp9", {"g": "10"} | FAST),
+    ("webm", "libvpx", {"g": "10", "auto-alt-ref": "1", "lag-in-frames": "8"}),
+    ("mkv", "ffv1", {}),
+    ("ts", "libx264", {"g": "12", "bf": "3"}),
+]
+
+
+@pytest.mark.parametrize(("container", "codec", "options"), GROUPS)
+@pytest.mark.parametrize("frames", [1, 3, 40])
+def test_frames_found_by_their_key_frames_are_those_of_the_whole_stream(video, container, codec, options, frames):
+    data = video(container, codec, frames=61, options=options)
+    found, whole = load_video(data, frames), load_video(data, frames, whole=True)
+    assert torch.equal(found.times, whole.times)
+    assert torch.equal(found.frames, whole.frames)
+
+
+def test_only_what_leads_to_the_frames_taken_is_decoded(video, monkeypatch):
+    decoded = []
+    original = media.on_show
+
+    def counted(packets, context, *others):
+        counter = SimpleNamespace(
+            decode=lambda packet: [decoded.append(1) or frame for frame in context.decode(packet)],
+            flush_buffers=context.flush_buffers,
+        )
+        return original(packets, counter, *others)
+
+    monkeypatch.setattr(media, "on_show", counted)
+    load_video(video("mp4", "libx264", frames=200, options={"g": "10", "bf": "0", "sc_threshold": "0"}), 2)
+    # Frames 50 and 150 are wanted, both key frames.
+    assert len(decoded) == 2
+
+
+def packet(stamp: int, key: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(pts=stamp, is_keyframe=key, size=1)
+
+
+def test_what_has_to_be_decoded_for_a_frame():
+    # Shown 0 1 2 3 | 6 4 5 7 | 10 8 9: 4 and 5 follow the key frame 6 and are shown before it, as 8 and 9 before 10.
+    stream = [packet(t, t in (0, 6, 10)) for t in (0, 1, 2, 3, 6, 4, 5, 7, 10, 8, 9)]
+    assert video_seek._spans(stream, [2]) == [(0, 2)]
+    assert video_seek._spans(stream, [4]) == [(4, 4)]
+    assert video_seek._spans(stream, [5]) == [(0, 5)]
+    assert video_seek._spans(stream, [2, 7]) == [(0, 2), (4, 7)]
+    assert video_seek._spans(stream, [5, 7]) == [(0, 7)]
+    assert video_seek._spans(stream, [9]) == [(4, 9)]
+    assert video_seek._spans(stream[1:], [0]) is None
 
 
 def test_frames_that_change_their_size_on_the_way(video):
