@@ -22,8 +22,16 @@ _PATCH = 40
 _WORD_HEIGHT = 26
 
 
-def draw_scene(scene: Scene, rng: Random) -> Image.Image:
-    """RGB picture of `scene.size`. `rng` chooses what no question asks for: ground, tint, jitter of place."""
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels; the last two are the first pixels beyond."""
+
+
+def draw_scene(scene: Scene, rng: Random, boxes: list[Box] | None = None) -> Image.Image:
+    """RGB picture of `scene.size`. `rng` chooses what no question asks for: ground, tint, jitter of place.
+
+    Args:
+        boxes: takes the box of each object, in order.
+    """
     width, height = scene.size
     picture, dark = _ground(width, height, rng)
     for one in scene.objects:
@@ -31,7 +39,12 @@ def draw_scene(scene: Scene, rng: Random) -> Image.Image:
             _middle(cell, length, rng) + rng.uniform(-2.4, 2.4)
             for cell, length in ((one.column, width), (one.row, height))
         )
-        _paste(picture, _mask(one, x, y, _scale(rng)), _tint(one.colour, rng))
+        mask = _mask(one, x, y, _scale(rng))
+        _paste(picture, mask, _tint(one.colour, rng))
+        if boxes is not None:
+            left, top, right, bottom = mask[2].getbbox() or (0, 0, 0, 0)
+            right, bottom = min(mask[0] + right, width), min(mask[1] + bottom, height)
+            boxes.append((max(mask[0] + left, 0), max(mask[1] + top, 0), right, bottom))
     if scene.word is not None:
         y = (scene.word_row + 0.5) * height / 3 + rng.uniform(-1.5, 1.5)
         x = width / 2 + rng.uniform(-3, 3)
