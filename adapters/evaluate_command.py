@@ -56,7 +56,8 @@ def evaluate(options: argparse.Namespace) -> None:
     """`herdkit evaluate`."""
     from .model_directory import load
 
-    prompt = PROMPTS.get(options.prompt, options.prompt)
+    asked: str = options.prompt
+    prompt = PROMPTS.get(asked, asked)
     if "{question}" not in prompt:
         raise ValueError(f"--prompt: {options.prompt!r} is none of {', '.join(PROMPTS)} and holds no {{question}}")
     for name in ("batch_size", "max_new_tokens"):

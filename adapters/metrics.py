@@ -7,8 +7,20 @@ import string
 from collections.abc import Sequence
 
 ARTICLES = ("a", "an", "the")
-DIGITS = dict(zip(("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-                  ("0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"), strict=True))  # fmt: skip
+DIGITS: dict[str, str] = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTIONS = """
     ain't aren't can't couldn't could've didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'd i'm i've

@@ -36,10 +36,10 @@ def on_show(
         None where the times of packets do not tell, or what was decoded is not what they told; the decoder is then as
         at the start.
     """
-    framed = [(packet.pts, i) for i, packet in enumerate(packets) if packet.size and not packet.is_discard]
-    if not framed or any(stamp is None for stamp, _ in framed) or len({stamp for stamp, _ in framed}) < len(framed):
+    framed = [(i, packet) for i, packet in enumerate(packets) if packet.size and not packet.is_discard]
+    shown = sorted((packet.pts, i) for i, packet in framed if packet.pts is not None)
+    if not shown or len({stamp for stamp, _ in shown}) < len(framed):
         return None
-    shown = sorted(framed)
     stamps = [scale * stamp for stamp, _ in shown]
     wanted = [shown[max(bisect_right(stamps, target) - 1, 0)] for target in targets]
     spans = _spans(packets, sorted({place for _, place in wanted}))
@@ -51,7 +51,7 @@ def on_show(
         for first, last in spans:
             for packet in (*packets[first : last + 1], None):
                 for frame in context.decode(packet):
-                    if frame.pts in left and not frame.is_corrupt:
+                    if frame.pts is not None and frame.pts in left and not frame.is_corrupt:
                         left.discard(frame.pts)
                         like = next(iter(pictures.values()), None)
                         pictures[frame.pts] = picture_of(frame, reformatter, size, like)
@@ -68,12 +68,16 @@ def on_show(
 def _spans(packets: Sequence[av.Packet], places: Sequence[int]) -> list[tuple[int, int]] | None:
     """The first and the last packet of each stretch that has to be decoded for the packets at these places, in the
     order of decoding; None where no key frame comes before one of them."""
-    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe and packet.size and packet.pts is not None]
+    keys = [
+        (i, packet.pts)
+        for i, packet in enumerate(packets)
+        if packet.is_keyframe and packet.size and packet.pts is not None
+    ]
     spans: list[tuple[int, int]] = []
     for place in places:
         # Pictures that follow a key frame and are shown before it may need the group before.
-        stamp = packets[place].pts
-        before = [key for key in keys[: bisect_right(keys, place)] if packets[key].pts <= stamp]
+        stamp = packets[place].pts or 0
+        before = [key for key, begins in keys if key <= place and begins <= stamp]
         if not before:
             return None
         if spans and before[-1] <= spans[-1][1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -122,6 +123,11 @@ class TimmEncoder(ForeignEncoder):
             size = {} if config.image_size is None else {"img_size": config.image_size}
             model = create_model(config.model, num_classes=0, **size, **config.options)
         self.model: Any = model
+        intermediates = getattr(model, "forward_intermediates", None)
+        if config.taps and (
+            intermediates is None or "return_prefix_tokens" not in inspect.signature(intermediates).parameters
+        ):
+            raise ValueError(f"{config.model!r} has no one row of tokens from block to block; leave its taps out")
         data = resolve_model_data_config(model)
         self.mean, self.std = data["mean"], data["std"]
         self.image_size = config.image_size or data["input_size"][-1]
@@ -130,7 +136,7 @@ class TimmEncoder(ForeignEncoder):
 
     def states(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         if not self.config.taps:
-            return tokens_of(self.model.forward_features(pixels), self.config.model), []
+            return self._tokens(self.model.forward_features(pixels)), []
         final, found = self.model.forward_intermediates(
             pixels,
             indices=[tap - 1 for tap in self.config.taps],
@@ -139,7 +145,17 @@ class TimmEncoder(ForeignEncoder):
             return_prefix_tokens=True,
         )
         saved = [torch.cat(pair[::-1], dim=1) if isinstance(pair, tuple) else pair for pair in found]
-        return tokens_of(final, self.config.model), saved
+        return final, saved
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        """What a tower gives, tokens or a map, as tokens (V, L, D)."""
+        if features.dim() == 4:
+            in_front = getattr(self.model, "output_fmt", "NCHW") in ("NCHW", None)
+            features = features.flatten(2).transpose(1, 2) if in_front else features.flatten(1, 2)
+        if features.dim() != 3:
+            name = self.config.model
+            raise ValueError(f"{name!r} gives features of shape {tuple(features.shape)}, neither tokens nor a map")
+        return features
 
     def pool(self, pixels: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
@@ -185,12 +201,6 @@ class OpenClipEncoder(ForeignEncoder):
 
 
 FOREIGN: dict[str, type[ForeignEncoder]] = {"timm": TimmEncoder, "open_clip": OpenClipEncoder}
-
-
-def tokens_of(features: Tensor, model: str) -> Tensor:
-    if features.dim() != 3:
-        raise ValueError(f"{model!r} gives features of shape {tuple(features.shape)}, not tokens (N, L, D)")
-    return features
 
 
 Source = str | os.PathLike | nn.Module | Mapping[str, Tensor]

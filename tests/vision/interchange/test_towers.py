@@ -232,6 +232,31 @@ def test_a_timm_tower_as_encoder(taps):
     assert torch.equal(encoder(junk, counts, grid)[0], features)
 
 
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "swin_tiny_patch4_window7_224"])
+def test_towers_that_give_maps_are_encoders(name):
+    """Convolutions and windows: the map of the last stage, place by place, row by row."""
+    small = {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 2)} if name.startswith("swin") else {}
+    size = 224 if small else 64
+    encoder = TimmEncoder(ForeignConfig(model=name, image_size=size if small else None, options=small)).eval()
+    tiles = torch.randn(2, 1, 3, size, size)
+    with torch.no_grad():
+        features, mask = encoder(tiles, *one_tile(2))
+        whole = encoder.model.forward_features(tiles[:, 0])
+    if small:
+        whole = whole.permute(0, 3, 1, 2)
+    side = whole.shape[2]
+    assert features.shape == (2, 1, side * side, encoder.width)
+    torch.testing.assert_close(features[1, 0, side + 1], whole[1, :, 1, 1])
+    assert mask.all()
+    with torch.no_grad():
+        assert encoder.pooled(tiles, *one_tile(2)).shape == (2, encoder.pooled_width)
+
+
+def test_taps_of_towers_of_many_resolutions_are_refused():
+    with pytest.raises(ValueError, match="'test_convnext' has no one row of tokens .* leave its taps out"):
+        TimmEncoder(ForeignConfig(model="test_convnext", taps=(1,)))
+
+
 def test_encoders_by_name(monkeypatch):
     vit = {"type": "timm", "model": "vit_tiny_patch16_224", "image_size": 32, "taps": [3, 7]}
     encoder = build_encoder(vit | {"options": {"depth": 8, "patch_size": 8}})
