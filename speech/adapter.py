@@ -21,8 +21,9 @@ from ..adapters.contract import Adapter, Contribution
 from ..data.media import MediaError, audio_length, load_audio
 from ..text.model import FeedForward, RMSNorm, Transformer, TransformerConfig
 from ..train.parallel import whole
-from .conformer import Attention, Conformer, ConformerConfig, conformer_preset, rotations, valid_frames
+from .conformer import Attention, ConformerConfig, conformer_preset, rotations, valid_frames
 from .ctc import ctc_loss, greedy_ctc
+from .encoders import ConformerSpec, EncoderSpec, encoder_spec
 from .features import FeatureConfig, log_mel, pad_features
 
 
@@ -33,6 +34,8 @@ class SpeechAdapterConfig:
     Args:
         conformer: the encoder.
         features: its input.
+        encoder: another encoder in place of the Conformer, which brings its own features, such as {"type": "whisper",
+            "config": {"d_model": 1280, ...}}; see `herdkit.speech.encoders.encoder_spec`.
         dim, ffn_dim: widths of the adapter's Transformer layer (the paper's: 3072 and 4096).
         n_heads: its heads; the paper gives no number.
         conv_kernel, conv_stride: of the convolution that shortens the sequence, in encoder frames; the kernel
@@ -52,8 +55,9 @@ class SpeechAdapterConfig:
             none.
     """
 
-    conformer: ConformerConfig
+    conformer: ConformerConfig | None = None
     features: FeatureConfig = field(default_factory=FeatureConfig)
+    encoder: dict[str, Any] | None = None
     dim: int = 3072
     ffn_dim: int = 4096
     n_heads: int = 24
@@ -85,15 +89,27 @@ class SpeechAdapterConfig:
             raise ValueError(f"ctc_classes must be at least 2 (the blank and a token), not {self.ctc_classes}")
         if self.max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, not {self.max_seconds}")
-        if self.features.n_mels != self.conformer.n_mels:
+        if (self.conformer is None) == (self.encoder is None):
+            raise ValueError("give the sizes of a conformer, or another encoder, and not both")
+        if self.encoder is not None:
+            self.features = self.encoder_spec.features
+        elif self.conformer is not None and self.features.n_mels != self.conformer.n_mels:
             raise ValueError(
                 f"features.n_mels ({self.features.n_mels}) and conformer.n_mels ({self.conformer.n_mels}) must be equal"
             )
 
     @property
+    def encoder_spec(self) -> EncoderSpec:
+        """What is known of the encoder without building it."""
+        if self.encoder is not None:
+            return encoder_spec(self.encoder)
+        assert self.conformer is not None
+        return ConformerSpec(self.conformer, self.features)
+
+    @property
     def frame_seconds(self) -> float:
         """Seconds of an encoder frame."""
-        return self.conformer.stack * self.features.hop / self.features.sample_rate
+        return self.encoder_spec.stride * self.features.hop / self.features.sample_rate
 
     def positions(self, samples: int) -> int:
         """Soft tokens for so many samples of audio: ceil(ceil((samples // hop) / stack) / conv_stride) frames
@@ -105,7 +121,7 @@ class SpeechAdapterConfig:
         seconds = samples / self.features.sample_rate
         if seconds > self.max_seconds:
             raise ValueError(f"{seconds:.1f} s of audio is more than max_seconds ({self.max_seconds:g}); split it")
-        return -(-self.conformer.length(self.features.frames(samples)) // self.conv_stride) + 2
+        return -(-self.encoder_spec.length(self.features.frames(samples)) // self.conv_stride) + 2
 
 
 def adapter_preset(name: str) -> SpeechAdapterConfig:
@@ -179,7 +195,7 @@ class SpeechAdapter(Adapter):
     first and the last soft token of every utterance, so that the language model's vocabulary stays as it is.
 
     Attributes:
-        encoder: the `Conformer`, the part that BEST-RQ trains.
+        encoder: the `Conformer`, the part that BEST-RQ trains, or another one.
         ctc: linear layer on the encoder's frames, or None.
         words: linear layer from soft tokens to the language model's tokens, with a `word_temperature`; else None.
     """
@@ -196,12 +212,13 @@ class SpeechAdapter(Adapter):
         if config.word_temperature is not None:
             self.requires = ("text",)
             self.words = nn.Linear(text.dim, text.vocab_size)
-        self.encoder = Conformer(config.conformer)
+        spec = config.encoder_spec
+        self.encoder = spec.build()
         self.ctc = None
         if config.ctc_classes is not None:
-            self.ctc = nn.Linear(config.conformer.dim, config.ctc_classes)
+            self.ctc = nn.Linear(spec.width, config.ctc_classes)
         self.shorten = nn.Conv1d(
-            config.conformer.dim,
+            spec.width,
             config.dim,
             config.conv_kernel,
             stride=config.conv_stride,

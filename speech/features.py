@@ -19,6 +19,10 @@ import torch
 import torchaudio
 from torch import Tensor
 
+Kind = Literal["log_mel", "whisper", "kaldi"]
+"""`log_mel`: as above. `whisper` and `kaldi` are what encoders of others were trained on; see
+`herdkit.speech.foreign_features`."""
+
 Normalization = Literal["utterance", "none"]
 """`utterance`: every bin has mean 0 and variance 1 over the frames of its utterance. Without it BEST-RQ uses
 a handful of its codes, since all frames share the direction of the mean spectrum. `none`: plain log-mels, for
@@ -37,6 +41,7 @@ class FeatureConfig:
         log_floor: added to no energy, but replaces smaller ones. The default is about what the rounding of
             16-bit samples leaves in a bin, so that digital silence and a quiet room look alike.
         normalize: see `Normalization`.
+        kind: see `Kind`; the others take no notice of `log_floor` and `normalize`.
     """
 
     sample_rate: int = 16_000
@@ -48,6 +53,7 @@ class FeatureConfig:
     f_max: float = 8000.0
     log_floor: float = 1e-8
     normalize: Normalization = "utterance"
+    kind: Kind = "log_mel"
 
     def __post_init__(self):
         if not 0 < self.hop <= self.window <= self.n_fft:
@@ -67,9 +73,12 @@ class FeatureConfig:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.normalize not in ("utterance", "none"):
             raise ValueError(f"normalize must be utterance or none, not {self.normalize!r}")
+        if self.kind not in ("log_mel", "whisper", "kaldi"):
+            raise ValueError(f"kind must be log_mel, whisper or kaldi, not {self.kind!r}")
 
     def frames(self, samples: int) -> int:
-        """Mel frames of a waveform: one for every full hop, `samples // hop`.
+        """Mel frames of a waveform: one for every full hop, `samples // hop`; of kind "whisper" as many as see a part
+        of it, of kind "kaldi" as many as see nothing else.
 
         Raises:
             ValueError: fewer samples than one window.
@@ -78,6 +87,10 @@ class FeatureConfig:
             raise ValueError(
                 f"{samples} samples of audio at {self.sample_rate} Hz are less than a window ({self.window})"
             )
+        if self.kind == "whisper":
+            return -(-(samples + self.n_fft // 2) // self.hop)
+        if self.kind == "kaldi":
+            return 1 + (samples - self.window) // self.hop
         return samples // self.hop
 
 
@@ -108,6 +121,10 @@ def log_mel(waveform: Tensor, config: FeatureConfig) -> Tensor:
     if waveform.dim() != 1:
         raise ValueError(f"a waveform has one dimension, not the shape {tuple(waveform.shape)}")
     config.frames(waveform.shape[0])
+    if config.kind != "log_mel":
+        from .foreign_features import foreign_features
+
+        return foreign_features(waveform, config)
     window, filters = (
         constant.to(waveform.device)
         for constant in _constants(

@@ -22,7 +22,6 @@ from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..data.dialogs import Part, dialog_sample
 from ..data.media import load_audio
 from ..data.shards import Sample
-from ..text.model_directory import load_part
 from ..text.objective import Metrics, token_loss
 from ..text.rows import IGNORE, TokenBatch, lay_out
 from ..text.tokenizer import Tokenizer
@@ -32,6 +31,7 @@ from .adapter import SpeechAdapter, SpeechAdapterConfig
 from .augment import WaveformAugmentConfig, augment_waveform
 from .ctc import ctc_loss, least_frames
 from .distil import distillation_loss
+from .encoders import load_encoder
 from .features import SpecAugmentConfig, spec_augment
 
 
@@ -43,7 +43,8 @@ class SpeechRecipe(AdapterRecipe):
         adapter: sizes of a new speech adapter; None where `init` has one. Its `output_scale` is set to that of
             the language model's token embeddings, it gets a CTC head for bytes where `ctc_weight` is not 0, and
             `blank` as its `pause` where it has a `word_temperature` and `alignment_weight` is not 0.
-        encoder_weights: safetensors file of the encoder pre-trained with BEST-RQ; "" starts it at random.
+        encoder_weights: safetensors file of the encoder pre-trained with BEST-RQ; of an encoder of transformers, a
+            directory in its layout; "" starts it at random.
         answer_weight: of the language model's loss, the paper's only one. At 0 the language model is left out, and
             the CTC losses alone train encoder and adapter, in two thirds of the time.
         ctc_weight: of a CTC loss that spells the transcript, in bytes of UTF-8, from the encoder alone.
@@ -162,7 +163,7 @@ class SpeechCollator(DialogCollator):
             raise ValueError(f"{samples[0][1].shard}: every sample needs exactly one recording")
         said = [sample.text("txt") for _, sample in samples]
         in_tokens, in_bytes = [self.tokenizer.encode(text) for text in said], [list(text.encode()) for text in said]
-        length = self.ports["audio"].prepare.config.conformer.length  # type: ignore[attr-defined]
+        length = self.ports["audio"].prepare.config.encoder_spec.length  # type: ignore[attr-defined]
         frames = [length(n) for n in speech.tensors["frames"].tolist()]
         soft_tokens = [n - 2 for n in speech.placements.length.tolist()]  # without the vectors around them
         checks = [("bytes", in_bytes, frames)] * self.spelled + [("tokens", in_tokens, soft_tokens)] * self.aligned
@@ -316,7 +317,7 @@ def new_adapter(recipe: SpeechRecipe, config: SpeechAdapterConfig, model: Compos
     if config.pause is not None:
         surround_as_text(adapter, model)
     if recipe.encoder_weights:
-        load_part(adapter.encoder, Path(recipe.encoder_weights))
+        load_encoder(adapter.encoder, Path(recipe.encoder_weights))
     return adapter
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shards import ShardWriter
-from . import samples
+from . import languages, samples
 
 VERSION = 10
 _JOB = 250
@@ -143,6 +143,16 @@ def build(
         if unknown := wanted.difference(set_names()):
             raise ValueError(f"no set is named {', '.join(sorted(unknown))}; the sets are {', '.join(set_names())}")
         groups = [group for group in groups if wanted.intersection(group.sets)]
+    return _build(out, groups, seed, workers, progress)
+
+
+def _build(
+    out: Path,
+    groups: list[_Group],
+    seed: int,
+    workers: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {}
     todo = []
     for group in groups:
@@ -176,6 +186,26 @@ class _Now:
     def result(self) -> list[samples.Made]:
         function, args, options = self._call
         return function(*args, **options)
+
+
+def build_languages(
+    out_dir: str | Path,
+    counts: dict[str, int],
+    seed: int = 0,
+    workers: int = 2,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Builds the sets of `herdkit.data.synthetic.languages` that `counts` names (`written`, `spoken`, `spoken_new`) and
+    that are not finished, with so many samples; the rest as for `build`."""
+    make: dict[str, tuple[Callable[..., list[samples.Made]], dict[str, Any]]] = {
+        "written": (languages.written, {}),
+        "spoken": (languages.spoken, {"split": "train"}),
+        "spoken_new": (languages.spoken, {"split": "new"}),
+    }
+    groups = [
+        _Group(sets=(name,), count=count, make=make[name][0], options=make[name][1]) for name, count in counts.items()
+    ]
+    return _build(Path(out_dir), groups, seed, workers, progress)
 
 
 def _write(
