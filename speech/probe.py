@@ -1,7 +1,8 @@
-"""What a speech encoder has learned without words: it is frozen, and a linear layer learns to spell from its frames.
+"""What a speech encoder has learned without words: it is frozen, and a linear layer tells from each of its frames which
+letter is being said.
 
-The probe sees a weighted sum of the states after every block, as in SUPERB (arXiv 2105.01051), and is trained with CTC
-on the bytes of the transcripts. Compare an encoder with its own random initial weights: those do not fail altogether.
+Which letter that is comes from the alignment of a model that was trained with CTC. Compare an encoder with the random
+weights that it began as: those do not fail altogether.
 """
 
 from __future__ import annotations
@@ -11,72 +12,59 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 
+from .adapter import SpeechAdapter
+from .alignment import align_tokens
 from .conformer import Conformer
-from .ctc import ctc_loss, greedy_ctc
-from .evaluate import Errors, character_errors
 from .features import FeatureConfig, log_mel, pad_features
 
-
-@dataclass(kw_only=True)
-class ProbeConfig:
-    """
-    Args:
-        steps, batch_size, lr: of the linear layer's training by Adam.
-        seed: of its weights and of the order.
-        features: of the encoder.
-    """
-
-    steps: int = 400
-    batch_size: int = 32
-    lr: float = 5e-3
-    seed: int = 0
-    features: FeatureConfig
+UNLABELLED = -100
+_WEIGHT_DECAY, _ITERATIONS = 1e-4, 60
 
 
 @dataclass
-class Utterance:
-    """States (L + 1, T, D) of a frozen encoder, before its first block and after each, and what is said."""
+class LabelledUtterance:
+    """A recording (samples,) and the byte that is said in each encoder frame (T,) int64, `UNLABELLED` where none is."""
 
-    states: Tensor
-    text: str
-
-
-class Probe(nn.Module):
-    """(N, L + 1, T, D) states to logits (N, T, 257) of bytes, class 0 being the blank."""
-
-    def __init__(self, layers: int, dim: int):
-        super().__init__()
-        self.mixture = nn.Parameter(torch.zeros(layers))
-        self.spell = nn.Linear(dim, 257)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return self.spell(torch.einsum("l,nltd->ntd", self.mixture.softmax(0), states))
+    waveform: Tensor
+    labels: Tensor
 
 
 @torch.no_grad()
-def encode_states(
-    encoder: Conformer, recordings: Sequence[tuple[Tensor, str]], features: FeatureConfig, batch_size: int = 32
-) -> list[Utterance]:
-    """Runs a frozen encoder over (waveform, text) pairs."""
-    made = []
+def label_frames(adapter: SpeechAdapter, waveform: Tensor, text: str) -> LabelledUtterance:
+    """The letters of a transcript at their frames, by the CTC head for bytes of a trained adapter.
+
+    Raises:
+        AlignmentError: the transcript has more letters than the recording has frames. ValueError: no CTC head.
+    """
+    batch = adapter.prepare([waveform])
+    encoded, lengths = adapter.encode(batch["features"], batch["frames"])
+    labels = torch.full((int(lengths[0]),), UNLABELLED)
+    logits = adapter.ctc_logits(encoded)[0, : len(labels)]
+    for span in align_tokens(logits, [byte + 1 for byte in text.encode()]):
+        labels[span.start : span.end] = span.token - 1
+    return LabelledUtterance(waveform, labels)
+
+
+@torch.no_grad()
+def encoder_states(
+    encoder: Conformer, waveforms: Sequence[Tensor], features: FeatureConfig, batch_size: int = 32
+) -> list[Tensor]:
+    """The states (L + 1, T, D) of each recording before the first block and after each."""
+    made: list[Tensor] = []
     seen: list[Tensor] = []
     hooks = [
         encoder.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0])),
         *(block.register_forward_hook(lambda *given: seen.append(given[2])) for block in encoder.blocks),
     ]
     try:
-        for first in range(0, len(recordings), batch_size):
-            part = recordings[first : first + batch_size]
-            batch = pad_features([log_mel(waveform, features) for waveform, _ in part])
+        for first in range(0, len(waveforms), batch_size):
+            batch = pad_features([log_mel(one, features) for one in waveforms[first : first + batch_size]])
             seen.clear()
             _, lengths = encoder(batch["features"], batch["frames"])
             states = torch.stack(seen, dim=1)
-            made += [
-                Utterance(row[:, :length].clone(), text)
-                for row, length, (_, text) in zip(states, lengths.tolist(), part, strict=True)
-            ]
+            made += [row[:, :length].clone() for row, length in zip(states, lengths.tolist(), strict=True)]
     finally:
         for hook in hooks:
             hook.remove()
@@ -85,47 +73,39 @@ def encode_states(
 
 def probe(
     encoder: Conformer,
-    train: Sequence[tuple[Tensor, str]],
-    held_out: Sequence[tuple[Tensor, str]],
-    config: ProbeConfig,
-) -> Errors:
-    """Character errors of a probe of the encoder, trained on `train` and tested on `held_out`.
-
-    Args:
-        train, held_out: (waveform (samples,), text) pairs.
-    """
+    train: Sequence[LabelledUtterance],
+    held_out: Sequence[LabelledUtterance],
+    features: FeatureConfig,
+) -> list[float]:
+    """The share of the held-out frames whose letter a linear layer tells right from the states before the first block
+    and after each, L + 1 numbers; the layer is fitted to the frames of `train`, without chance."""
     was_training = encoder.training
     encoder.eval()
-    seen = encode_states(encoder, train, config.features)
-    unseen = encode_states(encoder, held_out, config.features)
+    seen, unseen = (
+        torch.cat(encoder_states(encoder, [one.waveform for one in part], features), dim=1)
+        for part in (train, held_out)
+    )
     encoder.train(was_training)
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Probe(*(seen[0].states.shape[i] for i in (0, 2)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.steps)
-    for _ in range(config.steps):
-        chosen = torch.randint(len(seen), (config.batch_size,), generator=generator).tolist()
-        states, lengths = _padded([seen[i] for i in chosen])
-        said = [torch.tensor([byte + 1 for byte in seen[i].text.encode()]) for i in chosen]
-        counts = torch.tensor([len(row) for row in said])
-        loss, count = ctc_loss(model(states), lengths, pad_sequence(said, batch_first=True), counts)
+    said, asked = (torch.cat([one.labels for one in part]) for part in (train, held_out))
+    return [
+        _accuracy(x[said != UNLABELLED], said[said != UNLABELLED], z[asked != UNLABELLED], asked[asked != UNLABELLED])
+        for x, z in zip(seen, unseen, strict=True)
+    ]
+
+
+def _accuracy(x: Tensor, labels: Tensor, held_out: Tensor, expected: Tensor) -> float:
+    mean, deviation = x.mean(dim=0), x.std(dim=0) + 1e-5
+    x, held_out = (x - mean) / deviation, (held_out - mean) / deviation
+    weight = nn.Parameter(x.new_zeros(256, x.shape[1]))
+    bias = nn.Parameter(x.new_zeros(256))
+    optimizer = torch.optim.LBFGS((weight, bias), max_iter=_ITERATIONS, history_size=10)
+
+    def loss() -> float:
         optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
-        schedule.step()
-    heard = []
+        value = F.cross_entropy(F.linear(x, weight, bias), labels) + _WEIGHT_DECAY * weight.square().sum()
+        value.backward()
+        return value.item()
+
+    optimizer.step(loss)
     with torch.no_grad():
-        for first in range(0, len(unseen), config.batch_size):
-            states, lengths = _padded(unseen[first : first + config.batch_size])
-            rows = greedy_ctc(model(states), lengths)
-            heard += [bytes(token - 1 for token in row).decode("utf-8", "replace") for row in rows]
-    return character_errors([utterance.text for utterance in unseen], heard)
-
-
-def _padded(utterances: Sequence[Utterance]) -> tuple[Tensor, Tensor]:
-    """States (N, L + 1, T, D), zeros on the right, and lengths (N,)."""
-    lengths = torch.tensor([utterance.states.shape[1] for utterance in utterances])
-    rows = pad_sequence([utterance.states.transpose(0, 1) for utterance in utterances], batch_first=True)
-    return rows.transpose(1, 2), lengths
+        return (F.linear(held_out, weight, bias).argmax(-1) == expected).float().mean().item()
