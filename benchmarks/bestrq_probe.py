@@ -1,4 +1,4 @@
-"""What BEST-RQ pre-training is worth: how often a linear layer tells from a frozen encoder's frame which letter is said,
+"""What BEST-RQ pre-training is worth: how often a linear layer tells from a frozen encoder's frame what letter it is,
 with the pre-trained weights and with the random ones that they began as.
 
     herdkit train speech/recipes/tiny_bestrq.yaml --run-dir runs/bestrq-0 trainer.steps=1000 trainer.seed=0

@@ -3,9 +3,8 @@ torchaudio's, what BEST-RQ's targets take of a training step, and transcription 
 
     python benchmarks/speech.py [--rounds 7] [--threads 1] [--model runs/tiny-herd/model]
 
-Encoders have equal sizes (width, layers, heads, inner width, kernel) and get the same ragged batches, of which every
-method is to encode the valid frames: transformers and torchaudio are told the lengths as they take them. Prints one JSON
-line with medians; ratios above 1 say that herdkit is faster.
+Encoders have equal sizes (width, layers, heads, inner width, kernel) and get the same ragged batches, with the lengths
+told to each as it takes them. Prints one JSON line with medians; ratios above 1 say that herdkit is faster.
 """
 
 from __future__ import annotations

@@ -5,7 +5,15 @@ from .adapter import SpeechAdapter, SpeechAdapterConfig, SpeechPreparation, adap
 from .bestrq import BestRQ, BestRQConfig, random_crop
 from .conformer import Conformer, ConformerConfig, conformer_preset
 from .ctc import ctc_loss, greedy_ctc
-from .features import FeatureConfig, SpecAugmentConfig, log_mel, pad_features, spec_augment
+from .features import (
+    FeatureConfig,
+    LogMelStream,
+    SpecAugmentConfig,
+    feature_statistics,
+    log_mel,
+    pad_features,
+    spec_augment,
+)
 
 __all__ = [
     "BestRQ",
@@ -13,6 +21,7 @@ __all__ = [
     "Conformer",
     "ConformerConfig",
     "FeatureConfig",
+    "LogMelStream",
     "SpecAugmentConfig",
     "SpeechAdapter",
     "SpeechAdapterConfig",
@@ -20,6 +29,7 @@ __all__ = [
     "adapter_preset",
     "conformer_preset",
     "ctc_loss",
+    "feature_statistics",
     "greedy_ctc",
     "log_mel",
     "pad_features",

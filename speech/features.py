@@ -10,23 +10,24 @@ Letters in shapes: N utterances, F mel frames, C mel bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
 import torch
 import torchaudio
 from torch import Tensor
+from torch.nn import functional as F
 
 Kind = Literal["log_mel", "whisper", "kaldi"]
 """`log_mel`: as above. `whisper` and `kaldi` are what encoders of others were trained on; see
 `herdkit.speech.foreign_features`."""
 
-Normalization = Literal["utterance", "none"]
+Normalization = Literal["utterance", "fixed", "none"]
 """`utterance`: every bin has mean 0 and variance 1 over the frames of its utterance. Without it BEST-RQ uses
-a handful of its codes, since all frames share the direction of the mean spectrum. `none`: plain log-mels, for
-uses that cannot wait for the end of the utterance."""
+a handful of its codes, since all frames share the direction of the mean spectrum. `fixed`: over all frames of a
+data set (`feature_statistics`), for uses that cannot wait for the end of the utterance. `none`: plain log-mels."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,7 @@ class FeatureConfig:
         log_floor: added to no energy, but replaces smaller ones. The default is about what the rounding of
             16-bit samples leaves in a bin, so that digital silence and a quiet room look alike.
         normalize: see `Normalization`.
+        mean, deviation: of each bin, with "fixed".
         kind: see `Kind`; the others take no notice of `log_floor` and `normalize`.
     """
 
@@ -53,6 +55,8 @@ class FeatureConfig:
     f_max: float = 8000.0
     log_floor: float = 1e-8
     normalize: Normalization = "utterance"
+    mean: list[float] = field(default_factory=list)
+    deviation: list[float] = field(default_factory=list)
     kind: Kind = "log_mel"
 
     def __post_init__(self):
@@ -71,8 +75,16 @@ class FeatureConfig:
         for name in ("n_mels", "log_floor"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.normalize not in ("utterance", "none"):
-            raise ValueError(f"normalize must be utterance or none, not {self.normalize!r}")
+        if self.normalize not in ("utterance", "fixed", "none"):
+            raise ValueError(f"normalize must be utterance, fixed or none, not {self.normalize!r}")
+        due = self.n_mels if self.normalize == "fixed" else 0
+        if (len(self.mean), len(self.deviation)) != (due, due):
+            raise ValueError(
+                f"normalize: {self.normalize!r} goes with {due} values of mean and deviation, not with "
+                f"{len(self.mean)} and {len(self.deviation)}; herdkit.speech.feature_statistics gives them"
+            )
+        if any(value <= 0 for value in self.deviation):
+            raise ValueError(f"deviation must be positive, not {min(self.deviation)}")
         if self.kind not in ("log_mel", "whisper", "kaldi"):
             raise ValueError(f"kind must be log_mel, whisper or kaldi, not {self.kind!r}")
 
@@ -125,16 +137,25 @@ def log_mel(waveform: Tensor, config: FeatureConfig) -> Tensor:
         from .foreign_features import foreign_features
 
         return foreign_features(waveform, config)
+    pad = (config.n_fft - config.hop) // 2
+    features = _normalised(_log_mels(F.pad(waveform.float(), (pad, pad)), config), config)
+    if not torch.isfinite(features).all():
+        raise ValueError("the waveform has samples that are not finite")
+    return features
+
+
+def _log_mels(padded: Tensor, config: FeatureConfig) -> Tensor:
+    """(samples,) float32, with what stands before the first and after the last frame, to (F, C)."""
     window, filters = (
-        constant.to(waveform.device)
+        constant.to(padded.device)
         for constant in _constants(
             config.sample_rate, config.n_mels, config.window, config.n_fft, config.f_min, config.f_max
         )
     )
-    with torch.autocast(waveform.device.type, enabled=False):
+    with torch.autocast(padded.device.type, enabled=False):
         spectrum = torchaudio.functional.spectrogram(
-            waveform.float(),
-            pad=(config.n_fft - config.hop) // 2,
+            padded,
+            pad=0,
             window=window,
             n_fft=config.n_fft,
             hop_length=config.hop,
@@ -146,13 +167,71 @@ def log_mel(waveform: Tensor, config: FeatureConfig) -> Tensor:
         # Squares of the parts: torchaudio's own power=2 goes through the absolute value and takes twice as
         # long.
         power = spectrum.real.square() + spectrum.imag.square()
-        features = (power.transpose(0, 1) @ filters).clamp_min(config.log_floor).log()
-        if config.normalize == "utterance":
-            features = features - features.mean(dim=0)
-            features = features * torch.rsqrt(features.square().mean(dim=0) + 1e-5)
-    if not torch.isfinite(features).all():
-        raise ValueError("the waveform has samples that are not finite")
+        return (power.transpose(0, 1) @ filters).clamp_min(config.log_floor).log()
+
+
+def _normalised(features: Tensor, config: FeatureConfig) -> Tensor:
+    if config.normalize == "utterance":
+        features = features - features.mean(dim=0)
+        return features * torch.rsqrt(features.square().mean(dim=0) + 1e-5)
+    if config.normalize == "fixed":
+        return (features - features.new_tensor(config.mean)) / features.new_tensor(config.deviation)
     return features
+
+
+class LogMelStream:
+    """`log_mel` of one utterance while it comes; `normalize` must not be "utterance".
+
+    Raises:
+        ValueError: it is, or the features are not of our kind.
+    """
+
+    def __init__(self, config: FeatureConfig):
+        if config.normalize == "utterance" or config.kind != "log_mel":
+            raise ValueError(
+                "features that are normalised over the utterance are not known before its end: set normalize to fixed "
+                "or none, and kind to log_mel"
+            )
+        self.config = config
+        self.held = torch.zeros((config.n_fft - config.hop) // 2)
+        self.samples = self.given = 0
+
+    def push(self, samples: Tensor) -> Tensor:
+        """Takes further samples (n,), and gives the frames (F, C) that see nothing beyond them."""
+        self.samples += len(samples)
+        self.held = torch.cat((self.held, samples.detach().cpu().float()))
+        return self._take((len(self.held) - self.config.n_fft) // self.config.hop + 1)
+
+    def finish(self) -> Tensor:
+        """The frames that are left at the end, (F, C)."""
+        count = self.samples // self.config.hop - self.given
+        size = (count - 1) * self.config.hop + self.config.n_fft
+        self.held = F.pad(self.held, (0, max(0, size - len(self.held))))
+        return self._take(count)
+
+    def _take(self, count: int) -> Tensor:
+        config = self.config
+        if count < 1:
+            return torch.zeros(0, config.n_mels)
+        features = _normalised(_log_mels(self.held[: (count - 1) * config.hop + config.n_fft], config), config)
+        self.held, self.given = self.held[count * config.hop :], self.given + count
+        return features
+
+
+def feature_statistics(features: Iterable[Tensor]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each bin over all frames of utterances (F_i, C), computed with `normalize` "none",
+    for `FeatureConfig`.
+
+    Raises:
+        ValueError: there is no frame.
+    """
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for one in features:
+        count, total, squares = count + len(one), total + one.double().sum(0), squares + one.double().square().sum(0)
+    if not count:
+        raise ValueError("no frames to take statistics of")
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp_min(1e-10).sqrt().tolist()
 
 
 def pad_features(features: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adapters.batching import Batch, DialogCollator, DialogEncoder
 from ..adapters.compose import ComposedModel
 from ..adapters.contract import Contribution, ModalityBatch
+from ..adapters.objective import next_token
 from ..adapters.projector import embedding_scale
 from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..data.dialogs import Part, dialog_sample
@@ -105,12 +106,12 @@ class Transcripts:
 
 @dataclass(kw_only=True)
 class SpeechBatch(Batch):
-    """A batch with the transcripts of its utterances, in the order of the speech inputs: as tokens of the language
-    model, and as bytes. `written` has the same dialogs with the transcripts in place of the recordings, for
-    distillation."""
+    """A batch with what the losses of the recipe need of the transcripts of its utterances, in the order of the speech
+    inputs: as tokens of the language model, as bytes, and, `written`, the same dialogs with the transcripts in place of
+    the recordings."""
 
-    tokens_said: Transcripts
-    bytes_said: Transcripts
+    tokens_said: Transcripts | None = None
+    bytes_said: Transcripts | None = None
     written: TokenBatch | None = None
 
     def to(self, device) -> SpeechBatch:
@@ -118,14 +119,15 @@ class SpeechBatch(Batch):
         return SpeechBatch(
             rows=moved.rows,
             inputs=moved.inputs,
-            tokens_said=self.tokens_said.to(device),
-            bytes_said=self.bytes_said.to(device),
-            written=None if self.written is None else self.written.to(device),
+            tokens_said=self.tokens_said and self.tokens_said.to(device),
+            bytes_said=self.bytes_said and self.bytes_said.to(device),
+            written=self.written and self.written.to(device),
         )
 
 
 class SpeechCollator(DialogCollator):
-    """Dialogs with one recording each, whose words are the member `txt`.
+    """Dialogs with recordings. Where a loss needs their words, each dialog has one recording, whose words are the
+    member `txt`.
 
     Args:
         spelled: a CTC loss will spell the words in bytes off the encoder's frames.
@@ -151,10 +153,12 @@ class SpeechCollator(DialogCollator):
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> SpeechBatch:
         """
         Raises:
-            ValueError: a sample has no transcript, not exactly one recording, or more words than a CTC loss can read
-                off it.
+            ValueError: where a loss needs them, a sample has no transcript, not exactly one recording, or more words
+                than a CTC loss can read off it.
         """
         batch = super().__call__([(position, self._augmented(position, sample)) for position, sample in samples])
+        if not (self.spelled or self.aligned or self.distilled):
+            return SpeechBatch(rows=batch.rows, inputs=batch.inputs)
         for _, sample in samples:
             if "txt" not in sample.members:
                 raise ValueError(f"{sample.shard}: sample {sample.key} has no member 'txt' with its transcript")
@@ -177,8 +181,8 @@ class SpeechCollator(DialogCollator):
         return SpeechBatch(
             rows=batch.rows,
             inputs=batch.inputs,
-            tokens_said=Transcripts.of(in_tokens),
-            bytes_said=Transcripts.of(in_bytes),
+            tokens_said=Transcripts.of(in_tokens) if self.aligned else None,
+            bytes_said=Transcripts.of(in_bytes) if self.spelled else None,
             written=self._written([sample for _, sample in samples], said) if self.distilled else None,
         )
 
@@ -223,6 +227,9 @@ class SpeechObjective:
     augment: SpecAugmentConfig | None = None
 
     def __call__(self, model: ComposedModel, batch: SpeechBatch) -> tuple[Tensor, Tensor, Metrics]:
+        if "speech" not in batch.inputs:  # dialogs without a recording in the mixture
+            answered, count, metrics = next_token(model, batch)
+            return self.answer_weight * answered, count, metrics | {"answer_loss": (answered.detach(), count)}
         speech: SpeechAdapter = model.adapters["speech"]  # type: ignore[assignment]
         inputs: ModalityBatch = batch.inputs["speech"]
         features, frames = inputs.tensors["features"], inputs.tensors["frames"]
@@ -247,6 +254,7 @@ class SpeechObjective:
         if self.ctc_weight:
             # Class 0 is the blank, so that the byte b is class b + 1.
             said = batch.bytes_said
+            assert said is not None
             spelled, n = speech.ctc_loss(encoded, lengths, said.ids + 1, said.lengths)
             metrics |= {"ctc_loss": (spelled.detach(), n)}
             loss = loss + self.ctc_weight * spelled
@@ -254,6 +262,7 @@ class SpeechObjective:
             # Without the two vectors around the utterance.
             logits = speech.token_logits(bridged[:, 1:], embeddings)
             said = batch.tokens_said
+            assert said is not None
             aligned, n = ctc_loss(logits, soft_lengths - 2, said.ids, said.lengths, self.blank)
             metrics |= {"alignment_loss": (aligned.detach(), n)}
             loss = loss + self.alignment_weight * aligned

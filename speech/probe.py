@@ -98,7 +98,7 @@ def _accuracy(x: Tensor, labels: Tensor, held_out: Tensor, expected: Tensor) -> 
     x, held_out = (x - mean) / deviation, (held_out - mean) / deviation
     weight = nn.Parameter(x.new_zeros(256, x.shape[1]))
     bias = nn.Parameter(x.new_zeros(256))
-    optimizer = torch.optim.LBFGS((weight, bias), max_iter=_ITERATIONS, history_size=10)
+    optimizer = torch.optim.LBFGS((weight, bias), max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> float:
         optimizer.zero_grad()

@@ -128,7 +128,7 @@ def _worst(line: dict[str, Any], recording: Recording, transcriber: Transcriber)
 
 def _picture(waveform: Tensor, line: dict[str, Any], transcriber: Transcriber) -> str:
     features = transcriber.adapter.config.features
-    config = FeatureConfig(**{**vars(features), "normalize": "none"})
+    config = FeatureConfig(sample_rate=features.sample_rate, f_max=features.sample_rate / 2, normalize="none")
     figure = Figure(figsize=(10, 2.4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     seconds = len(waveform) / features.sample_rate

@@ -43,7 +43,7 @@ class TranscriptionConfig:
         batch_size: segments that run together.
         max_new_tokens: of a segment; None: 16 and 16 more for every second, which no speech reaches. A text that is
             longer is cut, and says so.
-        segments: where recordings are cut.
+        segments: where recordings are cut; None: into pieces of at most 30 s, or what the speech adapter takes.
     """
 
     language: str = "English"
@@ -52,7 +52,7 @@ class TranscriptionConfig:
     words: bool = False
     batch_size: int = 16
     max_new_tokens: int | None = None
-    segments: SegmentConfig = field(default_factory=SegmentConfig)
+    segments: SegmentConfig | None = None
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -132,9 +132,10 @@ class Transcriber:
         self.adapter = adapter
         self.sample_rate: int = adapter.config.features.sample_rate
         most = adapter.config.max_seconds
-        if self.config.segments.max_seconds > most:
+        self.segment_config = self.config.segments or SegmentConfig(max_seconds=min(30.0, most))
+        if self.segment_config.max_seconds > most:
             raise ValueError(
-                f"segments of {self.config.segments.max_seconds:g} s: the speech adapter takes {most:g} s (max_seconds)"
+                f"segments of {self.segment_config.max_seconds:g} s: the speech adapter takes {most:g} s (max_seconds)"
             )
 
     def load(self, source: Any) -> Tensor:
@@ -162,7 +163,7 @@ class Transcriber:
             if clipped > CLIPPED_SHARE:
                 transcript.warnings.append(f"{clipped:.1%} of the samples are clipped")
             made.append(transcript)
-            found = find_segments(waveform, self.sample_rate, self.config.segments)
+            found = find_segments(waveform, self.sample_rate, self.segment_config)
             pieces += [(number, segment, waveform[segment.start : segment.end]) for segment in found]
         texts = self.segments([waveform for _, _, waveform in pieces])
         for (number, segment, _), found in zip(pieces, texts, strict=True):
@@ -190,7 +191,7 @@ class Transcriber:
             sample_rate: of theirs, a multiple of 100 Hz; None for that of the adapter.
         """
         rate = sample_rate or self.sample_rate
-        segmenter, held, first = Segmenter(rate, self.config.segments), torch.zeros(0), 0
+        segmenter, held, first = Segmenter(rate, self.segment_config), torch.zeros(0), 0
 
         def say(found: list[Segment]) -> Iterator[TextSegment]:
             for segment in found:
@@ -204,7 +205,7 @@ class Transcriber:
             held = torch.cat((held, block.float()))
             yield from say(segmenter.push(block))
             # A segment begins no earlier than its longest length and what the segmenter waits for.
-            surplus = len(held) - round((self.config.segments.max_seconds + 5) * rate)
+            surplus = len(held) - round((self.segment_config.max_seconds + 5) * rate)
             if surplus > len(held) // 2:
                 held, first = held[surplus:], first + surplus
         yield from say(segmenter.finish())

@@ -80,6 +80,19 @@ def test_targets_do_not_depend_on_batch_padding_order_or_memory(monkeypatch):
     assert torch.equal(model.quantise(stacked.flatten(0, 1)).unflatten(0, stacked.shape[:2]), together)
 
 
+def test_targets_do_not_depend_on_threads():
+    model, frames, found = tiny(n_codes=512, n_codebooks=8), torch.randn(300, 48, generator=generator()), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(model.quantise(frames))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_near_ties_are_decided_beyond_float32():
     model = tiny(n_codes=64)
     # Twins that differ in the last bits of float32: a float32 search would take either.

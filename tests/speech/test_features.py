@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
-from herdkit.speech import FeatureConfig, SpecAugmentConfig, log_mel, pad_features, spec_augment
+from herdkit.speech import (
+    FeatureConfig,
+    LogMelStream,
+    SpecAugmentConfig,
+    feature_statistics,
+    log_mel,
+    pad_features,
+    spec_augment,
+)
 from omegaconf import OmegaConf
 from transformers.audio_utils import mel_filter_bank
 
@@ -134,6 +142,43 @@ def test_configs_pass_through_omegaconf_and_json():
     for config in (FeatureConfig(n_mels=40), SpecAugmentConfig(bin_masks=1)):
         assert OmegaConf.to_object(OmegaConf.structured(config)) == config
         assert type(config)(**json.loads(json.dumps(asdict(config)))) == config
+
+
+@pytest.mark.parametrize("pieces", [1, 160, 161, 999, 30_000])
+@pytest.mark.parametrize("samples", [400, 3999, 16_000])
+def test_a_stream_gives_the_frames_of_the_whole(samples, pieces):
+    if samples > 4000 and pieces == 1:
+        pytest.skip("many calls, nothing new")
+    waveform, stream = tone(samples), LogMelStream(RAW)
+    found = torch.cat([*[stream.push(part) for part in waveform.split(pieces)], stream.finish()])
+    torch.testing.assert_close(found, log_mel(waveform, RAW), atol=1e-5, rtol=0)
+
+
+def test_frames_of_a_stream_come_as_soon_as_they_are_known():
+    stream, counts = LogMelStream(RAW), []
+    for part in tone(1600).split(1):
+        counts.append(len(stream.push(part)))
+    assert [i + 1 for i, count in enumerate(counts) if count] == list(range(512 - 176, 1601, 160))
+    assert len(stream.finish()) == 10 - sum(counts)
+
+
+def test_fixed_statistics_normalise_a_data_set():
+    raw = [log_mel(tone(8000 + 1000 * seed, seed), RAW) for seed in range(4)]
+    mean, deviation = feature_statistics(raw)
+    config = FeatureConfig(normalize="fixed", mean=mean, deviation=deviation)
+    together = torch.cat([log_mel(tone(8000 + 1000 * seed, seed), config) for seed in range(4)]).double()
+    torch.testing.assert_close(together.mean(0), torch.zeros(80).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(together.std(0, correction=0), torch.ones(80).double(), atol=1e-4, rtol=0)
+    stream = LogMelStream(config)
+    found = torch.cat([stream.push(tone(8000)), stream.finish()])
+    torch.testing.assert_close(found, log_mel(tone(8000), config), atol=1e-5, rtol=0)
+    assert OmegaConf.to_object(OmegaConf.structured(config)) == config
+    with pytest.raises(ValueError, match="no frames"):
+        feature_statistics([])
+    with pytest.raises(ValueError, match="80 values of mean and deviation, not with 3 and 0"):
+        FeatureConfig(normalize="fixed", mean=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="not known before its end"):
+        LogMelStream(FeatureConfig())
 
 
 def augment(config, seed=0, frames=None):

@@ -64,6 +64,7 @@ def sample(i: int, seconds: float = 1.5, **changes) -> Sample:
 
 
 def collate(model, samples, **options):
+    options = {"spelled": True, "aligned": True} | options
     return SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])], **options)(list(enumerate(samples)))
 
 
@@ -85,7 +86,7 @@ def test_a_transcript_that_does_not_fit_its_recording_is_a_bad_sample(model):
     long = sample(1)
     long.members["txt"] = b"green " * 30
     given = list(enumerate([sample(0), long]))
-    SpeechCollator(model.tokenizer, ports)(given)
+    SpeechCollator(model.tokenizer, ports, distilled=True)(given)
     for check, unit in (("spelled", "bytes"), ("aligned", "tokens")):
         collate = SpeechCollator(model.tokenizer, ports, **{check: True})
         collate(given[:1])
@@ -275,3 +276,25 @@ def test_unusable_settings_are_named(override, message):
         load_recipe(RECIPE, SpeechRecipe, ["root=unused", override])
     with pytest.raises(RecipeError, match="distil_weight goes with a row for each sample"):
         load_recipe(RECIPE, SpeechRecipe, ["root=unused", "distil_weight=1", "data.packed=true"])
+
+
+def test_without_such_losses_dialogs_need_no_transcripts_and_may_have_any_number_of_recordings(model):
+    twice = b'{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "flac"},'
+    twice += b'{"type": "text", "text": "or"}, {"type": "audio", "audio": "wav"}]},'
+    twice += b'{"role": "assistant", "content": "go left"}]}'
+    silent = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go left"}]}'
+    samples = [
+        sample(0, txt=None),
+        sample(1, txt=None, json=twice, wav=sample(2).members["flac"]),
+        sample(3, txt=None, flac=None, json=silent),
+    ]
+    batch = collate(model, samples, spelled=False, aligned=False)
+    assert batch.inputs["speech"].placements.row.tolist() == [0, 1, 1]
+    assert batch.tokens_said is batch.bytes_said is batch.written is None
+    assert isinstance(batch.to("cpu"), type(batch))
+    loss, count, _ = objective(model)(model, batch)
+    logits = model(batch.tokens, batch.inputs)[batch.labels >= 0]
+    torch.testing.assert_close(loss, F.cross_entropy(logits, batch.labels[batch.labels >= 0], reduction="sum"))
+    assert count == (batch.labels >= 0).sum()
+    alone = collate(model, samples[2:], spelled=False, aligned=False)
+    assert objective(model)(model, alone)[0] > 0

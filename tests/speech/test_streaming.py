@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from herdkit.speech import Conformer, ConformerConfig
+from herdkit.speech import Conformer, ConformerConfig, FeatureConfig, LogMelStream, log_mel
 from herdkit.speech.streaming import ConformerStream
 from torch import nn
 
@@ -134,3 +134,18 @@ def test_an_encoder_of_whole_utterances_cannot_stream():
         ConformerConfig(**SIZES, chunk_frames=4)
     with pytest.raises(ValueError, match="left_frames must be at least 0"):
         ConformerConfig(**SIZES, chunk_frames=4, left_frames=-1)
+
+
+def test_from_samples_to_encoder_frames_a_stream_is_the_whole():
+    torch.manual_seed(0)
+    config = FeatureConfig(normalize="none")
+    model = Conformer(ConformerConfig(**SIZES | {"n_mels": 80}, chunk_frames=4, left_frames=8)).eval()
+    waveform = 0.1 * torch.randn(16_000 + 333)
+    expected = whole(model, log_mel(waveform, config))
+    for pieces in (800, 1601, 20_000):
+        mel, stream, found = LogMelStream(config), ConformerStream(model, 1), []
+        for part in [*waveform.split(pieces), None]:
+            features = mel.finish() if part is None else mel.push(part)
+            encoded, lengths = stream.push(features[None], torch.tensor([len(features)]), torch.tensor([part is None]))
+            found.append(encoded[0, : lengths[0]])
+        torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=0)

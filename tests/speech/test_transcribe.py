@@ -260,6 +260,20 @@ def test_the_cascade_answers_the_words(speaking, monkeypatch):
         cascade.written(silent)
 
 
+def test_spoken_turns_in_chat_are_heard_or_written_down_first(directory, tmp_path, monkeypatch, capsys):
+    (tmp_path / "q.wav").write_bytes(wav(syllables(1.0).numpy()))
+    spoken = f"hello\n/audio {tmp_path / 'q.wav'}\nand then\n"
+    for cascade in ([], ["--cascade"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(spoken))
+        assert main(["chat", str(directory), "--max-new-tokens", "3", *cascade]) == 0
+        printed = capsys.readouterr()
+        assert len(printed.out.splitlines()) >= 3
+        assert ("heard: " in printed.err) == bool(cascade)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/audio {tmp_path / 'gone.wav'}\n"))
+    assert main(["chat", str(directory)]) == 1
+    assert "gone.wav" in capsys.readouterr().err
+
+
 def _said(waveform):
     from herdkit.speech.transcribe import TextSegment
 
