@@ -1,7 +1,7 @@
 """Speech beside its peers, in turns: the encoder beside those of transformers and torchaudio, the front end beside
 torchaudio's, what BEST-RQ's targets take of a training step, and transcription in multiples of real time.
 
-    python benchmarks/speech.py [--rounds 7] [--threads 1] [--model runs/tiny-herd/model]
+    python benchmarks/speech.py [--rounds 7] [--threads 1] [--model runs/tiny-herd/model] [--only encoder]
 
 Encoders have equal sizes (width, layers, heads, inner width, kernel) and get the same ragged batches, with the lengths
 told to each as it takes them. Prints one JSON line with medians; ratios above 1 say that herdkit is faster.
@@ -27,6 +27,9 @@ from torch import Tensor, nn
 SIZES = {"dim": 256, "n_layers": 6, "n_heads": 4, "ffn_dim": 1024, "conv_kernel": 7}
 FRAMES = torch.tensor([1600, 1120, 740, 610, 480, 350, 230, 200])
 """Mel frames of a batch: from 2 to 16 s."""
+
+
+PARTS = ("encoder", "front-end", "targets", "transcription")
 
 
 class Transformers(nn.Module):
@@ -206,14 +209,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", help="directory of a model with speech, for the speed of transcription")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="(all)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": options.threads}
-    result["encoder"] = encoders(options.rounds)
-    result["front end"] = front_end(options.rounds)
-    result["targets"] = targets(options.rounds)
+    measures = {"encoder": encoders, "front-end": front_end, "targets": targets}
     if options.model:
-        result["transcription"] = transcription(options.model, options.rounds)
+        measures["transcription"] = lambda rounds: transcription(options.model, rounds)
+    for name in options.only:
+        if name in measures:
+            result[name] = measures[name](options.rounds)
     print(json.dumps(result))
 
 

@@ -37,25 +37,21 @@ CHAIN = (
         name="text-pretrain",
         title="language model: sentences",
         recipe="text/recipes/tiny_multilingual_pretrain.yaml",
-        alone=True,
     ),
     Link(
         name="text-sft",
         title="language model: translation",
         recipe="text/recipes/tiny_multilingual_sft.yaml",
-        alone=True,
     ),
     Link(
         name="speech-transcription",
         title="speech: what is said",
         recipe="speech/recipes/tiny_multilingual_transcription.yaml",
-        alone=True,
     ),
     Link(
         name="speech-translation",
         title="speech: transcription and translation",
         recipe="speech/recipes/tiny_multilingual_translation.yaml",
-        alone=True,
     ),
 )
 
