@@ -1,8 +1,8 @@
 """The Conformer speech encoder of section 8.2.1 of "The Llama 3 Herd of Models" (arXiv 2407.21783):
 architecture only.
 
-Letters in shapes: N utterances, F mel frames (10 ms), T encoder frames (40 ms), C mel bins, D model width, H
-heads, Dh width of a head.
+Letters in shapes: N utterances, F mel frames (10 ms), T encoder frames (40 ms), M encoder frames of all utterances
+together, C mel bins, D model width, H heads, Dh width of a head.
 
 Where the paper is silent: the wiring is Gulati et al.'s (arXiv 2005.08100; half feed-forward, attention,
 convolution, half feed-forward, norm), with LayerNorm in place of BatchNorm, so that no utterance depends on
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..text.attention import dot_product_attention
+from .ragged import Frames
 
 
 @dataclass(kw_only=True)
@@ -156,20 +157,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, D) and its `rotations` to queries, keys and values, each (N, H, T, Dh)."""
-        qk, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).split((2, 1), dim=2)
+    def split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layer `qkv` gives (N, T, 3 D) to queries and keys, turned by `rotations`, and values, each
+        (N, H, T, Dh)."""
+        qk, v = qkv.unflatten(-1, (3, self.n_heads, -1)).split((2, 1), dim=2)
         q, k = rotate(qk, rotation).to(v.dtype).transpose(1, 3).unbind(2)
         return q, k, v.squeeze(2).transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
-        """Queries (N, H, T, Dh), keys and values (N, H, S, Dh) and sees (N, 1, 1 or T, S) bool to (N, T, D)."""
-        out = dot_product_attention(q, k, v, attn_mask=sees)
-        return self.out(out.transpose(1, 2).flatten(2))
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+        """Queries (N, H, T, Dh), keys and values (N, H, S, Dh) and sees (N, 1, 1 or T, S) bool to what the layer `out`
+        takes, (N, T, D)."""
+        return dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, rotation: Tensor, sees: Tensor) -> Tensor:
         """x (N, T, D), rotation of `rotations`, sees of `attended`."""
-        return self.attend(*self.project(x, rotation), sees)
+        return self.out(self.weigh(*self.split(self.qkv(x), rotation), sees))
 
 
 class FeedForward(nn.Module):
@@ -195,25 +197,32 @@ class Convolution(nn.Module):
         self.pointwise_out = nn.Linear(config.dim, config.dim)
         self.causal = config.chunk_frames is not None
 
-    def gate(self, x: Tensor, valid: Tensor) -> Tensor:
-        """What the depthwise kernel sees of x (N, T, D)."""
-        # The biases before this line have refilled the padding, which the kernel would see.
-        return F.glu(self.pointwise_in(self.norm(x)), dim=-1).masked_fill(~valid[..., None], 0)
+    def gate(self, x: Tensor) -> Tensor:
+        """What the depthwise kernel is to see of frames (..., D)."""
+        return F.glu(self.pointwise_in(self.norm(x)), dim=-1)
 
-    def mix(self, gated: Tensor, padding: int) -> Tensor:
-        """Depthwise convolution over time, with so many zeros at both ends, and what follows it."""
+    def over_time(self, gated: Tensor) -> Tensor:
+        """The depthwise convolution of (N, T, D), as if zeros stood around the utterance."""
+        reach = self.depthwise.kernel_size[0] - 1
+        if self.causal:
+            return self.depthwise_conv(F.pad(gated, (0, 0, reach, 0)), 0)
+        return self.depthwise_conv(gated, reach // 2)
+
+    def depthwise_conv(self, gated: Tensor, padding: int) -> Tensor:
+        """The same with so many zeros at both ends."""
         # A 2-D convolution over a channels-last view: no transposes, a third of conv1d's time on a CPU.
         image = gated.unsqueeze(2).permute(0, 3, 1, 2)
         weight = self.depthwise.weight.unsqueeze(-1)
         image = F.conv2d(image, weight, self.depthwise.bias, padding=(padding, 0), groups=image.shape[1])
-        x = image.permute(0, 2, 3, 1).squeeze(2)
+        return image.permute(0, 2, 3, 1).squeeze(2)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the depthwise convolution, (..., D)."""
         return self.pointwise_out(F.silu(self.depthwise_norm(x)))
 
-    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        gated, reach = self.gate(x, valid), self.depthwise.kernel_size[0] - 1
-        if self.causal:
-            return self.mix(F.pad(gated, (0, 0, reach, 0)), 0)
-        return self.mix(gated, reach // 2)
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """x (M, D) of `frames`."""
+        return self.finish(frames.pack(self.over_time(frames.pad(self.gate(x)))))
 
 
 class ConformerBlock(nn.Module):
@@ -227,11 +236,13 @@ class ConformerBlock(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Tensor, valid: Tensor, sees: Tensor) -> Tensor:
-        """x (N, T, D), its `rotations`, valid (N, T) bool, sees of `attended`."""
+    def forward(self, x: Tensor, frames: Frames, rotation: Tensor, sees: Tensor) -> Tensor:
+        """x (M, D) of `frames`, their `rotations`, sees of `attended`."""
         x = torch.add(x, self.dropout(self.ffn_in(x)), alpha=0.5)
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, sees))
-        x = x + self.dropout(self.convolution(x, valid))
+        attention = self.attention
+        q, k, v = attention.split(frames.pad(attention.qkv(self.attention_norm(x))), rotation)
+        x = x + self.dropout(attention.out(frames.pack(attention.weigh(q, k, v, sees))))
+        x = x + self.dropout(self.convolution(x, frames))
         x = torch.add(x, self.dropout(self.ffn_out(x)), alpha=0.5)
         return self.norm(x)
 
@@ -259,10 +270,10 @@ class Conformer(nn.Module):
         config = self.config
         stacked, lengths = stack_frames(features, frames, config.stack)
         T = stacked.shape[1]
-        valid, sees = valid_frames(lengths, T), attended(lengths, T, config.chunk_frames, config.left_frames)
-        positions = torch.arange(T, device=stacked.device)
-        rotation = rotations(positions, config.dim // config.n_heads, config.rope_theta)
-        x = self.dropout(self.input(stacked))
+        there = Frames(lengths, T)
+        sees = attended(lengths, T, config.chunk_frames, config.left_frames)
+        rotation = rotations(torch.arange(T, device=lengths.device), config.dim // config.n_heads, config.rope_theta)
+        x = self.dropout(self.input(there.pack(stacked)))
         for block in self.blocks:
-            x = block(x, rotation, valid, sees)
-        return x.masked_fill(~valid[..., None], 0), lengths
+            x = block(x, there, rotation, sees)
+        return there.pad(x), lengths

@@ -63,8 +63,7 @@ def encoder_states(
             batch = pad_features([log_mel(one, features) for one in waveforms[first : first + batch_size]])
             seen.clear()
             _, lengths = encoder(batch["features"], batch["frames"])
-            states = torch.stack(seen, dim=1)
-            made += [row[:, :length].clone() for row, length in zip(states, lengths.tolist(), strict=True)]
+            made += [part.clone() for part in torch.stack(seen).split(lengths.tolist(), dim=1)]
     finally:
         for hook in hooks:
             hook.remove()

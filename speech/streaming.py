@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .conformer import Conformer, ConformerBlock, rotations, stack_frames, valid_frames
+from .conformer import Conformer, ConformerBlock, rotations, stack_frames
+from .ragged import Frames
 
 
 @dataclass
@@ -108,15 +109,15 @@ class ConformerStream:
         T, done = stacked.shape[1], self.done[index]
         positions = done[:, None] + torch.arange(T, device=index.device)
         rotation = rotations(positions, config.dim // config.n_heads, config.rope_theta)
-        valid = valid_frames(lengths, T)
+        there = Frames(lengths, T)
         kept = torch.arange(self.left, device=index.device) >= self.left - done[:, None]
-        sees = torch.cat((kept, valid), dim=1)[:, None, None, :]
-        x = model.dropout(model.input(stacked))
+        sees = torch.cat((kept, there.valid), dim=1)[:, None, None, :]
+        x = model.dropout(model.input(there.pack(stacked)))
         for block, cache in zip(model.blocks, self.caches, strict=True):
             assert isinstance(block, ConformerBlock)
-            x = self._block(block, cache, index, x, rotation, valid, sees)
+            x = self._block(block, cache, index, x, there, rotation, sees)
         self.done[index] += lengths
-        return x, lengths
+        return there.pad(x), lengths
 
     def _block(
         self,
@@ -124,20 +125,19 @@ class ConformerStream:
         cache: BlockCache,
         rows: Tensor,
         x: Tensor,
+        frames: Frames,
         rotation: Tensor,
-        valid: Tensor,
         sees: Tensor,
     ) -> Tensor:
         """`ConformerBlock.forward` with what was before the chunk; remembers what the next one needs."""
         x = torch.add(x, block.dropout(block.ffn_in(x)), alpha=0.5)
-        q, k, v = block.attention.project(block.attention_norm(x), rotation)
-        keys, values = (
-            torch.cat((cache.keys[rows].to(k.dtype), k), 2),
-            torch.cat((cache.values[rows].to(v.dtype), v), 2),
-        )
-        x = x + block.dropout(block.attention.attend(q, keys, values, sees))
-        gated = torch.cat((cache.gated[rows], block.convolution.gate(x, valid).to(cache.gated.dtype)), dim=1)
-        x = x + block.dropout(block.convolution.mix(gated, 0))
+        attention, convolution = block.attention, block.convolution
+        q, k, v = attention.split(frames.pad(attention.qkv(block.attention_norm(x))), rotation)
+        keys = torch.cat((cache.keys[rows].to(k.dtype), k), dim=2)
+        values = torch.cat((cache.values[rows].to(v.dtype), v), dim=2)
+        x = x + block.dropout(attention.out(frames.pack(attention.weigh(q, keys, values, sees))))
+        gated = torch.cat((cache.gated[rows], frames.pad(convolution.gate(x)).to(cache.gated.dtype)), dim=1)
+        x = x + block.dropout(convolution.finish(frames.pack(convolution.depthwise_conv(gated, 0))))
         # Only the last chunk of an utterance is not full, and nothing comes after it.
         cache.keys[rows] = _last(keys, self.left).to(cache.keys.dtype)
         cache.values[rows] = _last(values, self.left).to(cache.values.dtype)

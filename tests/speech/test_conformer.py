@@ -2,6 +2,7 @@ import pytest
 import torch
 from herdkit.speech import Conformer, ConformerConfig, conformer_preset
 from herdkit.speech.conformer import Attention, ConformerBlock, Convolution, rotations, stack_frames
+from herdkit.speech.ragged import Frames
 from torch import nn
 from torch.nn import functional as F
 from torchaudio.models.conformer import ConformerLayer
@@ -190,8 +191,8 @@ def test_a_block_has_the_wiring_of_torchaudios_conformer_layer():
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     x = torch.randn(2, 33, 24).double()
     still = torch.ones(33, 1, 1, 6, dtype=torch.complex128)
-    valid = torch.ones(2, 33, dtype=torch.bool)
-    got = ours(x, still, valid, valid[:, None, None, :])
+    frames = Frames(torch.tensor([33, 33]), 33)
+    got = frames.pad(ours(frames.pack(x), frames, still, frames.valid[:, None, None, :]))
     expected = theirs(x.transpose(0, 1), None).transpose(0, 1)
     torch.testing.assert_close(got, expected, atol=1e-11, rtol=0)
 
@@ -221,7 +222,8 @@ def test_the_convolution_equals_transformers_wav2vec2_bert_shifted_by_its_causal
                 mine.bias.copy_(other.bias)
     x = torch.randn(2, 20, 24).double()
     expected = theirs(F.pad(x, (0, 0, 0, 3)))[:, 3:]
-    got = ours(x, torch.ones(2, 20, dtype=torch.bool))
+    frames = Frames(torch.tensor([20, 20]), 20)
+    got = frames.pad(ours(frames.pack(x), frames))
     torch.testing.assert_close(got, expected, atol=1e-11, rtol=0)
 
 
