@@ -41,8 +41,8 @@ class ParallelConfig:
             many as `pipeline`.
         recompute: what the backward pass makes again. "selective": all but the outputs of attention and of every
             second matrix product of a layer (torchtitan's "op"); "full": all but the input of a layer. The paper: none.
-        compile: torch.compile of every layer: "inductor" takes a minute at the first update and makes layers faster;
-            "aot_eager", for tests, makes nothing faster.
+        compile: torch.compile of every layer: "inductor" takes a minute or two before the first update and makes the
+            others faster; "aot_eager", for tests, makes nothing faster.
         gather: precision in which weights that are stored in shards are gathered. "bfloat16", as in the paper, goes
             with `trainer.precision` bfloat16: half the traffic, and the residual stream is bfloat16 as well. What is
             stored and how gradients are summed stays float32.

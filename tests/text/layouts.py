@@ -11,7 +11,7 @@ from herdkit.text.rows import IGNORE, TokenBatch
 from herdkit.train import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, parallel, train
 from herdkit.train.layout import ParallelConfig
 from herdkit.train.place import Place
-from torch.distributed.tensor import DTensor
+from herdkit.train.portions import portions
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROWS, LENGTH, VOCABULARY, STEPS = 8, 16, 32, 3
@@ -59,12 +59,15 @@ def make_rows(numbers):
     return TokenBatch(torch.stack(tokens), torch.stack(labels), torch.stack(documents))
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def parts(tensors):
+    """What this process has of each, and where in the whole that stands."""
+    found = portions(tensors)
+    return {name: (part.tensor.clone(), [(s.start, s.stop) for s in part.region]) for name, part in found.items()}
 
 
-def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=None, freeze=(), **trainer):
-    """The gradients of every update and the final weights, by name, whole; None where it stopped before its end."""
+def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=None, freeze=(), steps=STEPS, **trainer):
+    """This process's parts of the gradients of every update and of the final weights, by name; None where it stopped
+    before its end."""
     place = Place(ParallelConfig(**layout))
     model = make_model(tied).to(getattr(torch, dtype))
     pipeline = distribute(model, place)
@@ -73,7 +76,7 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=N
 
     def record(optimizer, _args, _kwargs):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        updates.append({names[id(p)]: whole(p.grad).clone() for p in parameters if p.grad is not None})
+        updates.append(parts({names[id(p)]: p.grad for p in parameters if p.grad is not None}))
 
     hook = register_optimizer_step_pre_hook(record)
     try:
@@ -81,7 +84,7 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=N
             model,
             Rows(place.data, place.layout.data, accumulate, stop_after),
             of_own_positions(next_token, place),
-            trainer=TrainerConfig(steps=STEPS, batch_size=ROWS, accumulate=accumulate, **trainer),
+            trainer=TrainerConfig(steps=steps, batch_size=ROWS, accumulate=accumulate, **trainer),
             optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
             schedule=ScheduleConfig(warmup_steps=1),
             freeze=[FreezeRule(pattern=pattern, trainable=False) for pattern in freeze],
@@ -95,7 +98,7 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=N
         hook.remove()
     return {
         "updates": updates,
-        "weights": {name: whole(p.detach()).clone() for name, p in model.named_parameters()},
+        "weights": parts(dict(model.named_parameters())),
         "last": result["last"],
         "tokens": result["tokens"],
     }
