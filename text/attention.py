@@ -119,7 +119,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | Arrangement | BlockMa
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     group = q.shape[1] // k.shape[1]
     if isinstance(sees, BlockMask):
-        out = _flex_attention(q.is_cuda)(q, k, v, block_mask=sees, enable_gqa=group > 1)
+        compiled = q.is_cuda and not torch.compiler.is_compiling()
+        out = _flex_attention(compiled)(q, k, v, block_mask=sees, enable_gqa=group > 1)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2)
     if sees is not None and q.is_cuda:

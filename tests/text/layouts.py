@@ -1,6 +1,7 @@
 """Trains a tiny language model on a layout after another; a program for `finish_program`."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from herdkit.train import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerCo
 from herdkit.train.layout import ParallelConfig
 from herdkit.train.place import Place
 from herdkit.train.portions import portions
+from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROWS, LENGTH, VOCABULARY, STEPS = 8, 16, 32, 3
@@ -29,7 +31,8 @@ def make_model(tied=False, layers=4):
 class Rows:
     """Rows of several documents each, the same for any layout."""
 
-    def __init__(self, group, groups, accumulate, updates):
+    def __init__(self, group, groups, accumulate, updates, packed=True):
+        self.packed = packed
         self.group, self.groups, self.size, self.given = group, groups, ROWS // groups // accumulate, 0
         self.last = None if updates is None else updates * accumulate
 
@@ -39,7 +42,8 @@ class Rows:
                 raise KeyboardInterrupt
             first = self.given * self.size * self.groups + self.group * self.size
             self.given += 1
-            yield make_rows(range(first, first + self.size))
+            batch = make_rows(range(first, first + self.size))
+            yield batch if self.packed else replace(batch, documents=None)
 
     def state_dict(self):
         return {"given": self.given}
@@ -65,7 +69,10 @@ def parts(tensors):
     return {name: (part.tensor.clone(), [(s.start, s.stop) for s in part.region]) for name, part in found.items()}
 
 
-def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=None, freeze=(), steps=STEPS, **trainer):
+def run(
+    run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=None, freeze=(), steps=STEPS, packed=True,
+    **trainer,
+):  # fmt: skip
     """This process's parts of the gradients of every update and of the final weights, by name; None where it stopped
     before its end."""
     place = Place(ParallelConfig(**layout))
@@ -82,7 +89,7 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=N
     try:
         result = train(
             model,
-            Rows(place.data, place.layout.data, accumulate, stop_after),
+            Rows(place.data, place.layout.data, accumulate, stop_after, packed),
             of_own_positions(next_token, place),
             trainer=TrainerConfig(steps=steps, batch_size=ROWS, accumulate=accumulate, **trainer),
             optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.5),
@@ -101,6 +108,7 @@ def run(run_dir, layout, dtype="float64", tied=False, accumulate=1, stop_after=N
         "weights": parts(dict(model.named_parameters())),
         "last": result["last"],
         "tokens": result["tokens"],
+        "graphs": counters["stats"]["unique_graphs"],  # compiled by this process so far
     }
 
 
