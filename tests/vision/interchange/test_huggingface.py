@@ -6,9 +6,13 @@ import herdkit
 import mllama_models as mllama
 import pytest
 import torch
-from herdkit.adapters import ModelDirectoryError, load_ports
+from herdkit.adapters import ModelDirectoryError, compose, load_ports
 from herdkit.cli import main
+from herdkit.text.model import Transformer
 from herdkit.text.tokenizer import Tokenizer
+from herdkit.vision.encoder import preset
+from herdkit.vision.image_adapter import ImageAdapter, placement
+from herdkit.vision.interchange.huggingface_config import configs_from_hf
 from herdkit.vision.video_adapter import VideoAdapter, VideoAdapterConfig
 from mllama_models import IMAGES, LENGTHS, ROWS, our_logits, picture, their_logits
 from safetensors.torch import load_file, save_file
@@ -250,3 +254,23 @@ def test_the_command_converts_both_ways(released, tmp_path):
     saved, first = load_file(tmp_path / "theirs" / "model.safetensors"), load_file(path / "model.safetensors")
     assert saved.keys() == first.keys()
     assert all(torch.equal(saved[name][:601], tensor[:601]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(
+    ("dim", "n_layers", "heads", "ffn", "n_cross", "side", "total"),
+    [(4096, 32, 32, 14_336, 8, 448, 10.62e9), (8192, 80, 64, 28_672, 20, 560, 88.55e9)],
+    ids=["11B", "90B"],
+)
+def test_the_released_sizes(dim, n_layers, heads, ffn, n_cross, side, total):
+    """What the configs of the release give, without weights: parameters, and where the layers run."""
+    flat = list(range(3, n_layers + n_cross, 5))
+    text = {"hidden_size": dim, "num_hidden_layers": n_layers + n_cross, "num_attention_heads": heads}
+    text |= {"num_key_value_heads": 8, "intermediate_size": ffn, "cross_attention_layers": flat, "vocab_size": 128_256}
+    text |= {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "max_position_embeddings": 131_072}
+    config, adapter = configs_from_hf({"text_config": text, "vision_config": {"image_size": side}}, {})
+    assert adapter.places(n_layers) == placement(n_layers, n_cross) == list(range(3, n_layers, 4))
+    adapter.encoder["tile_tables"] = "place"
+    with torch.device("meta"):
+        model = compose(Transformer(config), image=ImageAdapter(adapter, config))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(total, rel=1e-3)
+    assert model.image.encoder.config == preset(f"h14-{side}", padding="released")

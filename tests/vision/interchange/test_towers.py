@@ -253,7 +253,7 @@ def test_towers_that_give_maps_are_encoders(name):
 
 
 def test_taps_of_towers_of_many_resolutions_are_refused():
-    with pytest.raises(ValueError, match="'test_convnext' has no one row of tokens .* leave its taps out"):
+    with pytest.raises(ValueError, match=r"'test_convnext' has no one row of tokens .* leave its taps out"):
         TimmEncoder(ForeignConfig(model="test_convnext", taps=(1,)))
 
 
