@@ -115,7 +115,8 @@ def attach_adapters(
 
     Args:
         model: changed in place.
-        path: a directory that `save` wrote; its language model must be that of `model`, weight for weight.
+        path: a directory that `save` wrote, or a Llama 3.2 Vision, for its image adapter; its language model must be
+            that of `model`, weight for weight.
         adapters: the modalities to attach; None for all that `model` has not. They come to its device and mode.
         other_weights: only the sizes of the language models must be equal, as where one is the finetuned other.
 
@@ -123,19 +124,28 @@ def attach_adapters(
         ModelDirectoryError: as `load`, and where the language models differ or nothing is left to attach.
     """
     path = Path(path)
-    if not _same_language_model(model, path, other_weights):
+    weight, found = model.text.tok_embeddings.weight, layout_of(path)
+    donor = None if found is None else found[0].load(found[1], weight.dtype)
+    if not _same_language_model(model, path, donor, other_weights):
         raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
-    if adapters is None:
-        adapters = [name for name in _adapter_configs(path) if name not in model.adapters]
-    if not adapters:
+    names = list(_adapter_configs(path)) if donor is None else donor.modalities
+    chosen = [name for name in names if name not in model.adapters] if adapters is None else adapters
+    if not chosen:
         raise ModelDirectoryError(f"{path} has no adapter that this model has not; it has {list(model.adapters)}")
-    _attach(model, path, adapters)
+    if donor is None:
+        _attach(model, path, chosen)
+        return
+    if missing := set(chosen) - set(names):
+        raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {names}")
+    for name, adapter in donor.adapters.items():
+        if name in chosen:
+            model.attach(adapter.to(weight).train(model.training))
 
 
-def _same_language_model(model: ComposedModel, path: Path, other_weights: bool) -> bool:
-    if other_weights and find_layout(path)[0] == "herdkit":
+def _same_language_model(model: ComposedModel, path: Path, donor: ComposedModel | None, other_weights: bool) -> bool:
+    if donor is None and other_weights and find_layout(path)[0] == "herdkit":
         return dataclass_from_dict(TransformerConfig, read_config(path)["text"], "text.") == model.text.config
-    other, _ = load_model(path, model.text.tok_embeddings.weight.dtype)
+    other = load_model(path, model.text.tok_embeddings.weight.dtype)[0] if donor is None else donor.text
     if model.text.config != other.config:
         return False
     ours, theirs = model.text.state_dict(), other.state_dict()

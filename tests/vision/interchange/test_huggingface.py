@@ -6,7 +6,7 @@ import herdkit
 import mllama_models as mllama
 import pytest
 import torch
-from herdkit.adapters import ModelDirectoryError, compose, load_ports
+from herdkit.adapters import ModelDirectoryError, attach_adapters, compose, load_ports
 from herdkit.cli import main
 from herdkit.text.model import Transformer
 from herdkit.text.tokenizer import Tokenizer
@@ -213,6 +213,23 @@ def test_video_is_grafted_onto_a_loaded_model(released, tmp_path):
     again = herdkit.load(herdkit.save(model, tmp_path / "both"))
     assert again.modalities == ["image", "video"]
     assert_same(our_logits(again, ROWS, IMAGES), images, tolerance=0)
+
+
+def test_its_image_adapter_joins_another_finetune_of_the_language_model(released):
+    path, _ = released
+    whole = herdkit.load(path)
+    again = compose(herdkit.load(path, adapters=[]).text, whole.tokenizer)
+    attach_adapters(again, path)
+    assert_same(our_logits(again, ROWS, IMAGES), our_logits(whole, ROWS, IMAGES), tolerance=0)
+    tuned = compose(herdkit.load(path, adapters=[]).text, whole.tokenizer)
+    with torch.no_grad():
+        tuned.text.output.weight.mul_(2)
+    with pytest.raises(ModelDirectoryError, match="trained for another language model"):
+        attach_adapters(tuned, path)
+    attach_adapters(tuned, path, other_weights=True)
+    assert_same(our_logits(tuned, ROWS, IMAGES), 2 * our_logits(whole, ROWS, IMAGES), tolerance=1e-5)
+    with pytest.raises(ModelDirectoryError, match=r"no adapter \['video'\]; it has \['image'\]"):
+        attach_adapters(tuned, path, ["video"], other_weights=True)
 
 
 def test_faults_are_named(released, tmp_path):
