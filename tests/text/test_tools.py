@@ -147,7 +147,7 @@ class TestFormat:
         parts = [{"type": "text", "text": " What is"}, {"type": "text", "text": " it? "}]
         assert render({"role": "user", "content": parts}) == BEGIN + said("user", "What is it?")
         assert render({"role": "tool", "content": {"a": [1]}}) == BEGIN + said("ipython", '{"a": [1]}')
-        with pytest.raises(Exception, match="writes text alone"):
+        with pytest.raises(Exception, match="does not write image"):
             render({"role": "user", "content": [{"type": "image"}]})
         with pytest.raises(Exception, match="calls one tool"):
             render({"role": "assistant", "tool_calls": [WEATHER, WEATHER]})
