@@ -60,7 +60,7 @@ def test_logits_without_pictures_are_those_of_transformers(released):
 
 
 def test_transformers_shows_an_image_to_the_text_before_it(released):
-    """Not so here: what comes before an image has the logits of text alone. (huggingface/transformers issue 39379)"""
+    """Not so here: what comes before an image has the logits of text alone."""
     path, _ = released
     theirs = mllama.tiny()
     theirs.model.vision_model.intermediate_layers_indices = [0, 2]
