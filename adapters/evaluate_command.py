@@ -56,8 +56,8 @@ def evaluate(options: argparse.Namespace) -> None:
     """`herdkit evaluate`."""
     from .model_directory import load
 
-    asked: str = options.prompt
-    prompt = PROMPTS.get(asked, asked)
+    template: str = options.prompt
+    prompt = PROMPTS.get(template, template)
     if "{question}" not in prompt:
         raise ValueError(f"--prompt: {options.prompt!r} is none of {', '.join(PROMPTS)} and holds no {{question}}")
     for name in ("batch_size", "max_new_tokens"):
