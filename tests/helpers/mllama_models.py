@@ -59,7 +59,7 @@ def tiny(taps: tuple[int, ...] = (1, 3), **text) -> MllamaForConditionalGenerati
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "gate" in name and p.numel() == 1:
-                p.fill_(0.6)
+                p.fill_(0.3 + 0.6 * torch.rand(()).item())  # each another, so that none can stand for another
             else:
                 p.copy_(0.15 * torch.randn_like(p) + ("norm" in name and name.endswith("weight")))
     return model
