@@ -307,6 +307,11 @@ class ShardReader:
     def __iter__(self) -> Iterator[Sample]:
         return (self[position] for position in range(len(self)))
 
+    def name(self, position: int) -> tuple[str, str]:
+        """The shard and the key of a sample, from the index alone."""
+        shard, number = self._at(position)
+        return str(self._files[shard].name), self._indexes[shard].key(number)
+
     def size(self, position: int) -> int:
         """The bytes of a sample's members, from the index alone."""
         shard, number = self._at(position)

@@ -72,8 +72,8 @@ def find_recordings(sources: Sequence[str]) -> list[Recording]:
         if source.endswith((".tar", ".tar.gz", ".tgz")):
             reader = ShardReader(source)
             for position in range(len(reader)):
-                sample = reader[position]
-                found.append(Recording(f"{sample.shard}: {sample.key}", (reader, position)))
+                shard, key = reader.name(position)
+                found.append(Recording(f"{shard}: {key}", (reader, position)))
         elif Path(source).is_dir():
             inside = sorted(_audio_files(Path(source)))
             if not inside:

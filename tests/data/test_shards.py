@@ -382,3 +382,11 @@ def test_threads_share_a_reader(tmp_path):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_names_of_samples_are_known_without_reading_them(tmp_path):
+    with ShardWriter(tmp_path / "%06d.tar", max_count=2) as writer:
+        for i in range(5):
+            writer.write(f"k{i}", {"txt": "x"})
+    reader = ShardReader(str(tmp_path / "*.tar"))
+    assert [reader.name(i) for i in range(5)] == [(sample.shard, sample.key) for sample in reader]
