@@ -73,7 +73,7 @@ class Pipeline:
         alike: Callable[[list[Any]], list[Any]] = lambda batches: batches,
     ):
         self.place, self.stages, self.objective, self.handed, self.alike = place, stages, objective, handed, alike
-        self._schedules: dict[tuple[int, Handed], _Schedule] = {}
+        self._schedule: tuple[tuple[int, Handed], _Schedule] | None = None
         self._outcomes: list[Outcome] = []
 
     def __call__(
@@ -93,11 +93,12 @@ class Pipeline:
         for module in self.stages.values():
             module.micro_batches, module.precision = micro_batches, precision
         kind = (len(micro_batches), self.handed(micro_batches[0]))
-        if kind not in self._schedules:
-            self._schedules[kind] = self._make_schedule(*kind, device)
+        if self._schedule is None or self._schedule[0] != kind:
+            # Only the newest: each has memory for what it receives, and dialogs are of any length.
+            self._schedule = kind, self._make_schedule(*kind, device)
         numbers = torch.arange(len(micro_batches))
         first = (numbers,) if 0 in self.stages else ()
-        self._schedules[kind].step(*first, number=numbers, target=numbers, return_outputs=False)
+        self._schedule[1].step(*first, number=numbers, target=numbers, return_outputs=False)
         return self._outcomes
 
     @torch.no_grad()
