@@ -16,21 +16,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd
 from torch.nn import functional as F
 
 from ..text.context_parallel import own_chunks, own_positions
-from ..text.distribute import distribute, distributed, divide
+from ..text.distribute import distribute, divide
 from ..text.model import Transformer
 from ..text.objective import token_loss
-from ..text.parallel import Stage, stages
+from ..text.parallel import Stage, require_fits, stages
 from ..text.rows import even_rows
-from ..text.stages import cut
+from ..text.stages import cut, rows_handed
 from ..train import parallel
 from ..train.layout import Layout, LayoutError
 from ..train.objective import Objective, Outcome
-from ..train.pipeline import Handed, Pipeline, StageModule
+from ..train.pipeline import Pipeline, StageModule
 from ..train.place import Place
 from ..train.sharding import shard_block, whole_tensors
 from .batching import Batch
@@ -74,19 +74,25 @@ def distributed_composition(model: ComposedModel, place: Place, row_length: int)
     if place.replicas_alone:
         yield DistributedComposition(model, None)
         return
-    parts: list[ComposedModel] = []
-
-    def share(text: Transformer, place: Place) -> Pipeline | None:
-        parts.append(ComposedPart(model, text, place))
-        return distribute(text, place) if place.layout.pipeline == 1 else _pipeline_of(model, text, place)
-
+    require_fits(model.text.config, place.layout, row_length)
     whole = dict(model.named_parameters())
-    with ExitStack() as restored:
-        restored.enter_context(_own_layers(model, place))
-        with distributed(model.text, place, [row_length], share) as text:
-            yield DistributedComposition(parts[0], text.pipeline)
-        for name, tensor in whole_tensors(nn.ModuleDict(model.adapters), place):
+    with _own_layers(model, place):
+        text = _another(model.text)
+        part = ComposedPart(model, text, place)
+        pipeline = distribute(text, place) if place.layout.pipeline == 1 else _pipeline_of(model, text, place)
+        yield DistributedComposition(part, pipeline)
+        for name, tensor in whole_tensors(part, place):
             whole[name].data.copy_(tensor)
+
+
+def _another(text: Transformer) -> Transformer:
+    """A model with the same parameters, which may be shared out while `text` keeps them whole."""
+    with torch.device("meta"):
+        other = Transformer(text.config)
+    other.load_state_dict(text.state_dict(), assign=True)
+    for name, parameter in other.named_parameters():
+        parameter.requires_grad_(text.get_parameter(name).requires_grad)
+    return other
 
 
 def require_adapters_fit(model: ComposedModel, layout: Layout) -> None:
@@ -211,21 +217,16 @@ def _pipeline_of(model: ComposedModel, text: Transformer, place: Place) -> Pipel
     for i, part in cut(text, place).items():
         divide(part, part, place, embeds=i == 0)
         modules[i] = StageModule(ComposedPart(model, part, place, everything[i]), _run)
-    dtype = next(text.parameters()).dtype
+    handed = rows_handed(text, place)
 
     def objective(part: ComposedPart, hidden: Tensor, batch: Batch) -> Outcome:
         return token_loss(part.text, hidden, own_positions(batch.rows, place).labels)
-
-    def handed(batch: Batch) -> Handed:
-        rows, length = batch.tokens.shape
-        own = length // place.layout.context
-        return Handed((rows, own // place.layout.tensor, text.config.dim), (rows, own, text.config.dim), dtype)
 
     def alike(batches: list[Batch]) -> list[Batch]:
         rows = even_rows([batch.rows for batch in batches])
         return [dataclasses.replace(batch, rows=own) for batch, own in zip(batches, rows, strict=True)]
 
-    return Pipeline(place, modules, objective, handed, alike)
+    return Pipeline(place, modules, objective, lambda batch: handed(batch.rows), alike)
 
 
 def _run(part: ComposedPart, x: Tensor | None, batch: Batch) -> Tensor:

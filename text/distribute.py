@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..train.objective import Objective
 from ..train.pipeline import Pipeline
 from ..train.place import Place
 from ..train.portions import SharedTensors, portions
-from ..train.sharding import shard, whole_tensors
+from ..train.sharding import shard
 from .compiled import compile_layers
 from .context_parallel import own_positions, share_context
 from .float8 import convert_to_float8
@@ -71,7 +70,7 @@ class DistributedModel:
 
 
 def distribute(model: Transformer, place: Place) -> Pipeline | None:
-    """Changes a model in place into this process's part of it; see `distributed`.
+    """Changes a model in place into this process's part of it; see `DistributedModel`.
 
     Returns: where layers are on several processes, the pipeline that runs them; the model is then only there for its
         parameters.
@@ -108,36 +107,6 @@ def share_out(weights: Weights, place: Place, row_lengths: Collection[int]) -> D
     kept = portions(dict(own.named_parameters()))
     parallel.on_each(lambda: weights.read(kept))
     return DistributedModel(own, place, pipeline)
-
-
-@contextmanager
-def distributed(
-    model: Transformer,
-    place: Place,
-    row_lengths: Collection[int],
-    share: Callable[[Transformer, Place], Pipeline | None] = distribute,
-) -> Iterator[DistributedModel]:
-    """Shares a model out among the processes of a layout, each of which has it whole and with the same weights.
-    Afterwards each has it whole again, with the weights as they have become; meanwhile it keeps those from before.
-    (`share_out` does with less memory.)
-
-    Args:
-        row_lengths: of all rows that it will train on.
-        share: what changes the model into this process's part of it; see `distribute`.
-
-    Raises:
-        LayoutError: the layout does not divide the model or the rows; says with which numbers.
-    """
-    for length in row_lengths:
-        require_fits(model.config, place.layout, length)
-    with torch.device("meta"):
-        own = Transformer(model.config)
-    own.load_state_dict(model.state_dict(), assign=True)
-    for name, parameter in own.named_parameters():
-        parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    yield DistributedModel(own, place, share(own, place))
-    for name, tensor in whole_tensors(own, place):
-        model.get_parameter(name).data.copy_(tensor)
 
 
 def divide(model: Transformer, root: nn.Module, place: Place, embeds: bool = True) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -55,15 +57,22 @@ def stage_module(part: Transformer, place: Place) -> StageModule:
 
 def pipeline_of(modules: dict[int, StageModule], model: Transformer, place: Place) -> Pipeline:
     """The objective of packed rows through the stages."""
-    dtype = torch.bfloat16 if place.config.gather == "bfloat16" else next(model.parameters()).dtype
 
     def objective(part: Transformer, hidden: Tensor, batch: TokenBatch) -> Outcome:
         return row_loss(part, hidden, own_positions(batch, place).labels)
 
+    # A micro-batch of dialogs has as many rows as they need.
+    return Pipeline(place, modules, objective, rows_handed(model, place), even_rows)
+
+
+def rows_handed(model: Transformer, place: Place) -> Callable[[TokenBatch], Handed]:
+    """What tells the shapes that stages hand on for a batch of whole rows."""
+    dtype = torch.bfloat16 if place.config.gather == "bfloat16" else next(model.parameters()).dtype
+    dim = model.config.dim
+
     def handed(batch: TokenBatch) -> Handed:
         rows, length = batch.tokens.shape
         own = length // place.layout.context
-        return Handed((rows, own // place.layout.tensor, model.config.dim), (rows, own, model.config.dim), dtype)
+        return Handed((rows, own // place.layout.tensor, dim), (rows, own, dim), dtype)
 
-    # A micro-batch of dialogs has as many rows as they need.
-    return Pipeline(place, modules, objective, handed, even_rows)
+    return handed
