@@ -47,13 +47,18 @@ class WaveformAugmentConfig:
         return 1 / min(self.speeds)
 
 
-def augment_waveform(waveform: Tensor, sample_rate: int, config: WaveformAugmentConfig, rng: Random) -> Tensor:
+def augment_waveform(
+    waveform: Tensor, sample_rate: int, config: WaveformAugmentConfig, rng: Random, max_samples: int
+) -> Tensor:
     """A recording (samples,) at another speed and with noise, drawn from `rng`.
+
+    Args:
+        max_samples: speeds that would make it longer are not drawn.
 
     Raises:
         ValueError: no file matches `noise_files`. MediaError: one that was drawn cannot be read.
     """
-    speed = rng.choice(config.speeds)
+    speed = rng.choice([speed for speed in config.speeds if len(waveform) <= max_samples * speed] or [1.0])
     if speed != 1:
         waveform = torchaudio.functional.resample(waveform, round(100 * speed), 100)
     if rng.random() < config.noise_probability:

@@ -73,9 +73,8 @@ def transcribe(options: argparse.Namespace) -> None:
     recordings = [] if piped else find_recordings(options.recordings)  # before the model, which takes longer
     model = load(options.model, adapters=["speech"])
     most: float = model.adapters["speech"].config.max_seconds
-    if options.max_seconds is not None and options.max_seconds > most:
-        raise ValueError(f"--max-seconds {options.max_seconds:g}: the model takes at most {most:g} s")
-    segments = SegmentConfig(max_seconds=options.max_seconds or min(30.0, most), min_silence=options.min_silence)
+    longest = min(30.0, most) if options.max_seconds is None else options.max_seconds
+    segments = SegmentConfig(max_seconds=longest, min_silence=options.min_silence)
     names = ("language", "translate", "by", "words", "batch_size", "max_new_tokens")
     config = TranscriptionConfig(segments=segments, **{name: getattr(options, name) for name in names})
     transcriber = Transcriber(model, config)

@@ -62,9 +62,9 @@ def encoder_spec(options: Mapping[str, Any]) -> EncoderSpec:
     """
     values = dict(options)
     kind = values.pop("type", None)
-    points = {point.name: point for point in entry_points(group=GROUP)}
     if kind in _SPECS:
         return dataclass_from_dict(_SPECS[kind], values, "encoder.")
+    points = {point.name: point for point in entry_points(group=GROUP)}
     if kind in _registered:
         made = _registered[kind](**values)
     elif kind in points:
@@ -197,7 +197,8 @@ class HuggingFaceSpec(EncoderSpec):
             ValueError: an unknown field.
         """
         made = self._configuration_class()
-        if unknown := [name for name in self.config if not hasattr(made(), name)]:
+        default = made()
+        if unknown := [name for name in self.config if not hasattr(default, name)]:
             raise ValueError(f"encoder.config.{unknown[0]}: {made.__name__} has no such field")
         return made(**self.config)
 
@@ -270,19 +271,30 @@ class HuggingFaceEncoder(nn.Module):
         """The weights of a directory, from safetensors alone.
 
         Raises:
-            ValueError: tensors are missing, or are of other shapes; names the first.
+            ValueError: tensors are missing or surplus, or the directory's configuration is another one than the
+                encoder's; names the first difference.
             OSError: there are none.
         """
-        loaded, found = type(self.model).from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        if missing := sorted(map(str, [*found["missing_keys"], *found.get("mismatched_keys", ())])):
+        loaded, missing = self._read(path)
+        theirs, ours = loaded.config.to_dict(), self.model.config.to_dict()
+        differing = [name for name in _FUNCTION if name in ours and ours[name] != theirs.get(name)]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{path}: {name} is {theirs.get(name)!r} there and {ours[name]!r} in encoder.config, which must be "
+                "the same"
+            )
+        if missing:
             raise ValueError(f"{path}: {len(missing)} tensors of the encoder are not there, the first: {missing[0]}")
-        ours, theirs = self.model.state_dict(), loaded.state_dict()
-        for name, tensor in ours.items():
-            if name not in theirs or theirs[name].shape != tensor.shape:
+        wanted, found = ({name: t.shape for name, t in m.state_dict().items()} for m in (self.model, loaded))
+        for name in [*wanted, *found]:
+            if wanted.get(name) != found.get(name):
                 raise ValueError(f"{path}: its configuration is not that of the encoder: {name} differs")
-        self.model.load_state_dict(theirs)
+        self.model.load_state_dict(loaded.state_dict())
+
+    def _read(self, path: Path) -> tuple[Any, list[str]]:
+        """The encoder of a directory, and which of its tensors are not there."""
+        return _from_pretrained(type(self.model), path)
 
 
 class Wav2Vec2BertEncoder(HuggingFaceEncoder):
@@ -297,6 +309,11 @@ class Wav2Vec2BertEncoder(HuggingFaceEncoder):
 
 
 class WhisperEncoder(HuggingFaceEncoder):
+    def _read(self, path: Path) -> tuple[Any, list[str]]:
+        # A directory holds the decoder as well, and names what is the encoder's by a prefix.
+        whole, missing = _from_pretrained(_transformers().WhisperModel, path)
+        return whole.encoder, [name for name in missing if name.startswith("encoder.")]
+
     def forward(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         size = 2 * self.model.config.max_source_positions
         features, frames = features[:, :size], frames.clamp_max(size)
@@ -309,6 +326,33 @@ class WhisperEncoder(HuggingFaceEncoder):
         lengths = (frames + 1) // 2
         encoded = self.model(filled.transpose(1, 2)).last_hidden_state[:, : int(lengths.max())]
         return encoded.masked_fill(~valid_frames(lengths, encoded.shape[1])[..., None], 0), lengths
+
+
+_FUNCTION = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "position_embeddings_type",
+    "left_max_position_embeddings",
+    "right_max_position_embeddings",
+    "rotary_embedding_base",
+    "conv_depthwise_kernel_size",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "activation_function",
+    "scale_embedding",
+    "max_source_positions",
+    "num_mel_bins",
+)
+"""Of a configuration: what changes the encoder's function, some of it without changing a shape."""
+
+
+def _from_pretrained(model_class: Any, path: Path) -> tuple[Any, list[str]]:
+    model, found = model_class.from_pretrained(
+        path, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    return model, sorted(map(str, [*found["missing_keys"], *found.get("mismatched_keys", ())]))
 
 
 def _transformers() -> Any:

@@ -32,7 +32,7 @@ def normalise(text: str, how: Normaliser = "standard") -> str:
     text = re.sub(r"[<\[][^>\]]*[>\]]", "", text)
     text = re.sub(r"\(([^)]+?)\)", "", text)
     text = "".join(" " if unicodedata.category(c)[0] in "SP" else c for c in unicodedata.normalize("NFKC", text))
-    return " ".join(text.split())
+    return " ".join(text.lower().split())  # compatibility forms may be capital letters
 
 
 @dataclass

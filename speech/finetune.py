@@ -195,11 +195,13 @@ class SpeechCollator(DialogCollator):
         if self.augment is None:
             return sample
         rng, prepare = Random(f"{self.seed}/{position}"), self.ports["audio"].prepare
-        rate: int = prepare.config.features.sample_rate  # type: ignore[attr-defined]
+        config: SpeechAdapterConfig = prepare.config  # type: ignore[attr-defined]
+        rate = config.features.sample_rate
+        longest = math.floor(config.max_seconds * rate)
         members: dict[str, Any] = dict(sample.members)
         for part in (part for message in dialog_sample(sample, tuple(self.ports)) for part in message.media):
             name = next(name for name, content in sample.members.items() if content is part.media)
-            members[name] = augment_waveform(load_audio(part.media, rate), rate, self.augment, rng)
+            members[name] = augment_waveform(load_audio(part.media, rate), rate, self.augment, rng, longest)
         return replace(sample, members=members)
 
     def _written(self, samples: Sequence[Sample], said: Sequence[str]) -> TokenBatch:

@@ -101,7 +101,7 @@ class Segmenter:
         """The segments that are left at the end of the recording."""
         found = list(self._segments(final=True))
         if self._open is not None:
-            found += self._close(self._last + 1)
+            found += self._close(self._last + 1, self._margin)
         return found
 
     def _segments(self, final: bool) -> Iterator[Segment]:
@@ -132,22 +132,25 @@ class Segmenter:
                 self._open, self._speech = frame, 0
             self._last, self._speech = frame, self._speech + 1
         elif self._open is not None and frame - self._last >= round(config.min_silence * FRAMES_PER_SECOND):
-            yield from self._close(self._last + 1)
+            yield from self._close(self._last + 1, self._margin)
             self._open = None
         most = math.floor((config.max_seconds - 2 * config.margin) * FRAMES_PER_SECOND)
         if self._open is not None and frame - self._open + 1 >= most:
             late = self._open + 2 * most // 3
             cut = late + int(self._levels[late - self._first : frame + 1 - self._first].argmin())
-            yield from self._close(cut)
+            yield from self._close(cut, 0)
             self._open, self._speech = cut, max(self._last + 1 - cut, 0)
 
-    def _close(self, end: int) -> list[Segment]:
-        """The open stretch up to the frame `end`, if it is more than a click."""
+    @property
+    def _margin(self) -> int:
+        return round(self.config.margin * FRAMES_PER_SECOND)
+
+    def _close(self, end: int, margin: int) -> list[Segment]:
+        """The open stretch up to `margin` frames after the frame `end`, if it is more than a click."""
         assert self._open is not None
         if self._speech < self.config.min_speech * FRAMES_PER_SECOND:
             return []
-        margin = round(self.config.margin * FRAMES_PER_SECOND)
-        start = max((self._open - margin) * self.hop, self._ended)
+        start = max((self._open - self._margin) * self.hop, self._ended)
         self._ended = min((end + margin) * self.hop, self.total)
         return [Segment(start, self._ended)]
 

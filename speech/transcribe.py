@@ -7,7 +7,7 @@ and cannot make anything up; "empty", where somebody speaks and the model says n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -234,12 +234,20 @@ class Transcriber:
 
     def _answers(self, waveforms: list[Tensor]) -> list[tuple[str, bool]]:
         prompts, inputs, tokenizer = encode_prompts(self.model, [self.config.messages(w) for w in waveforms])
-        longest = max(len(waveform) for waveform in waveforms) / self.sample_rate
-        wanted = self.config.max_new_tokens or _SPARE_TOKENS + round(_TOKENS_PER_SECOND * longest)
+        limits = [
+            self.config.max_new_tokens or _SPARE_TOKENS + round(_TOKENS_PER_SECOND * len(waveform) / self.sample_rate)
+            for waveform in waveforms
+        ]
         room = self.model.text.config.max_seq_len - max(map(len, prompts))
-        options = SamplingOptions(max_new_tokens=max(1, min(wanted, room)), stop_ids=tokenizer.stop_ids)
+        options = SamplingOptions(max_new_tokens=max(1, min(max(limits), room)), stop_ids=tokenizer.stop_ids)
         completions = generate(self.model.text, prompts, options, forward=decoder(self.model, inputs))
-        return [(c.text(tokenizer, ()).strip(), c.ending == "length") for c in completions]
+        answers = []
+        for completion, limit in zip(completions, limits, strict=True):
+            # The most probable tokens are the same however many more are made for the others.
+            cut = completion.ending == "length" or len(completion.tokens) > limit
+            kept = replace(completion, tokens=completion.tokens[:limit])
+            answers.append((kept.text(tokenizer, ()).strip(), cut))
+        return answers
 
     def _placed(self, found: TextSegment, segment: Segment) -> TextSegment:
         """The text of a segment at its place in the recording."""

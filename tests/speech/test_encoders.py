@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 import torch
+import transformers
 from herdkit.adapters.compose import compose
 from herdkit.adapters.model_directory import load, save
 from herdkit.speech import FeatureConfig, SpeechAdapter, SpeechAdapterConfig, log_mel, pad_features
@@ -157,11 +158,27 @@ def test_pre_trained_weights_come_from_a_directory_or_a_file(tmp_path):
     smaller["config"]["intermediate_size"] = 16
     with pytest.raises(ValueError, match=r"its configuration is not that of the encoder: .*intermediate"):
         load_encoder(encoder_spec({"type": "wav2vec2-bert", **smaller}).build(), tmp_path / "hf")
+    other = copy.deepcopy(SIZES["wav2vec2-bert"])
+    other["config"]["hidden_act"] = "relu"
+    with pytest.raises(ValueError, match=r"hidden_act is 'swish' there and 'relu' in encoder\.config"):
+        load_encoder(encoder_spec({"type": "wav2vec2-bert", **other}).build(), tmp_path / "hf")
     ours = spec("torchaudio").build()
     save_part(ours, tmp_path / "encoder.safetensors")
     load_encoder(ours, tmp_path / "encoder.safetensors")
     with pytest.raises(ValueError, match="takes a safetensors file"):
         load_encoder(ours, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["WhisperModel", "WhisperForConditionalGeneration"])
+def test_the_encoder_of_a_whole_whisper_is_loaded(tmp_path, name):
+    encoder = spec("whisper").build()
+    configuration = copy.deepcopy(encoder.model.config)
+    configuration.update({"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "vocab_size": 60})
+    configuration.update({"pad_token_id": 0, "decoder_start_token_id": 0, "bos_token_id": 0, "eos_token_id": 0})
+    whole = getattr(transformers, name)(configuration)
+    whole.save_pretrained(tmp_path / "whisper")
+    load_encoder(encoder, tmp_path / "whisper")
+    torch.testing.assert_close(encoder.model.state_dict(), whole.get_encoder().state_dict())
 
 
 @dataclass

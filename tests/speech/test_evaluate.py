@@ -28,6 +28,7 @@ def test_texts_are_compared_as_whisper_compares_them(text):
 def test_marks_that_are_part_of_a_script_stay():
     assert normalise("ภาษาไทยที่นี่") == "ภาษาไทยที่นี่"
     assert normalise("हिन्दी, भाषा।") == "हिन्दी भाषा"
+    assert normalise("20 ℃, № 5") == "20 c no 5"
     assert normalise(" Plain,  Text ", "plain") == "plain, text"
 
 

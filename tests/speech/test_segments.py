@@ -54,7 +54,8 @@ def test_long_speech_is_cut_at_its_quietest_and_nothing_is_lost():
     speech[7 * RATE : 7 * RATE + 1600] *= 0.01  # shorter than a pause
     found = pushed(torch.cat((pause(1.0), speech, pause(1.0))), RATE)
     assert max(segment.end - segment.start for segment in found) <= 8 * RATE
-    assert found[0].end / RATE == pytest.approx(8.05, abs=0.2)
+    assert found[0].end / RATE == pytest.approx(8.05, abs=0.06)
+    assert found[0].end == found[1].start
     covered = sum(segment.end - segment.start for segment in found) / RATE
     assert covered == pytest.approx(30, abs=0.6)
     assert len(found) < 7

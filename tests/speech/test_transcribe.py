@@ -32,7 +32,7 @@ def conversation() -> torch.Tensor:
     return torch.cat([torch.cat((pause(0.8), syllables(1.5 + 0.3 * i, i))) for i in range(4)])
 
 
-@pytest.mark.parametrize("options", [{}, {"by": "ctc"}, {"words": True}])
+@pytest.mark.parametrize("options", [{}, {"by": "ctc"}, {"words": True}, {"max_new_tokens": None}])
 def test_a_recording_says_in_a_batch_what_it_says_alone(speaking, options):
     one = transcriber(speaking, **options)
     recordings = [syllables(1.0), conversation(), pause(2.0), syllables(3.1, 5)]
