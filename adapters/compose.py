@@ -125,8 +125,11 @@ class ComposedModel(nn.Module):
 
     def contribution(self, modality: str, batch: ModalityBatch) -> Contribution:
         """What an adapter gives for its inputs."""
-        adapter: Adapter = getattr(self, modality)
-        return adapter(batch.tensors, **{other: getattr(self, other) for other in adapter.requires})
+        return getattr(self, modality)(batch.tensors, **self.required(modality))
+
+    def required(self, modality: str) -> dict[str, nn.Module]:
+        """The parts of the model that an adapter's `requires` names."""
+        return {other: getattr(self, other) for other in getattr(self, modality).requires}
 
     def contributions(
         self, inputs: Mapping[str, ModalityBatch], known: Mapping[str, Contribution]

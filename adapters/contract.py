@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..text.model import TransformerConfig
 
@@ -184,6 +186,12 @@ class Adapter(nn.Module, ABC):
             batch: what `prepare` made of them.
             required: the parts of the model that `requires` names.
         """
+
+    def shared(self, group: ProcessGroup, **required: nn.Module) -> AbstractContextManager[None] | None:
+        """Meanwhile `forward`, called on all processes of a group with the same inputs, runs the encoder for a part of
+        the tokens of every input and gives each process the whole contribution; of the gradient of a weight each
+        process has its own part, whose sum it is. None, the default: it cannot, and inputs are shared out whole."""
+        return None
 
     def interleaved(self) -> Mapping[int, InterleavedLayer]:
         """The layers to run just before text layer i, by i; empty for adapters of soft tokens alone. They

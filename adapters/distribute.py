@@ -3,7 +3,7 @@
 The language model is shared out as by itself. Interleaved layers are stored in shards where the layout has them, and
 every process runs them for the positions that it has; in a pipeline each stage has those that run before its own
 layers. Encoders every process has whole, in every stage whose layers read from them, and runs them for its share of the
-inputs of its rows.
+inputs of its rows, or of their tokens.
 """
 
 from __future__ import annotations
@@ -146,6 +146,11 @@ class ComposedPart(ComposedModel):
         if group is None or (processes := dist.get_world_size(group)) == 1:
             return super().contribution(modality, batch)
         count = len(next(iter(batch.tensors.values())))
+        adapter = self.adapters[modality]
+        # Whole inputs need no exchange within the encoder; where they do not come out even, their tokens do.
+        if count % processes and (shared := adapter.shared(group, **self.required(modality))) is not None:
+            with shared:
+                return super().contribution(modality, batch)
         share = -(-count // processes)
         first = dist.get_rank(group) * share
         # Where the inputs do not come out even, the last one is encoded more than once, and used once.

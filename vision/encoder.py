@@ -28,7 +28,43 @@ PATCH_NORM_EPS = 1e-2
 """In units of pixels of deviation 1, so that the noise of an even patch is not blown up."""
 
 Groups = list[tuple[int, int]]
-"""(images, tokens of each): how a packed sequence (S, D) is cut for attention."""
+"""(images, tokens of each), in the order of packing."""
+
+
+@dataclass
+class Sequences:
+    """How the tokens of packed images are cut into sequences for attention, and which of them are run here: all.
+    `herdkit.vision.sequence_parallel` divides them among processes.
+
+    Args:
+        groups: of the sequences.
+        mask: bool, True where a query (last but one) may see a key (last), broadcast over sequences and heads; only
+            with a single group.
+    """
+
+    groups: Groups
+    mask: Tensor | None = None
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of (S, ...) what is run here."""
+        return x
+
+    def whole(self, x: Tensor) -> Tensor:
+        """From what is run here to (S, ...)."""
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within each sequence, of the tokens that are run here; (S, H, Dh) each, and out."""
+        sizes = [n * length for n, length in self.groups]
+        groups = zip(self.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        parts = [attend_all(q, k, v, n, self.mask) for (n, _), q, k, v in groups]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> Tensor:
+    """Attention of n sequences of equal length that stand one after the other, (n * L, H, Dh) each, and out."""
+    q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))
+    return dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(kw_only=True)
@@ -169,23 +205,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, groups: Groups, mask: Tensor | None = None) -> Tensor:
-        """(S, D) to (S, D).
-
-        Args:
-            groups: how x is cut into sequences.
-            mask: bool, True where a query (last but one) may see a key (last), broadcast over sequences and
-                heads; only with a single group.
-        """
-        parts = []
-        for part, (n, length) in zip(self.qkv(x).split([n * t for n, t in groups]), groups, strict=True):
-            q, k, v = (
-                heads.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-                for heads in part.view(n, length, -1).chunk(3, dim=-1)
-            )
-            out = dot_product_attention(q, k, v, attn_mask=mask)
-            parts.append(out.transpose(1, 2).reshape(n * length, -1))
-        return self.out(torch.cat(parts) if len(parts) > 1 else parts[0])
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """(S, D) to (S, D), of the tokens that are run here."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
+        return self.out(sequences.attend(q, k, v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -222,8 +245,8 @@ class Block(nn.Module):
         self.gate_attention = nn.Parameter(torch.zeros(1)) if gated else None
         self.gate_mlp = nn.Parameter(torch.zeros(1)) if gated else None
 
-    def forward(self, x: Tensor, groups: Groups, mask: Tensor | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(x), groups, mask)
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        attended = self.attention(self.attention_norm(x), sequences)
         x = x + (attended if self.gate_attention is None else self.gate_attention.tanh() * attended)
         out = self.mlp(self.mlp_norm(x))
         return x + (out if self.gate_mlp is None else self.gate_mlp.tanh() * out)
@@ -306,7 +329,7 @@ class VisionTransformer(Encoder):
         packed = PackedTiles(n_tiles, tiles.shape[1])
         where = self._where(packed, grid)
         x = self._embed(self.normalise(packed.pack(tiles)), where)
-        features = self._encode(x, where, self._groups(packed))
+        features = self._encode(x, where, self.sequences(self._groups(packed)))
         return packed.unpack(features), packed.token_mask(self.config.tokens)
 
     def pooled(self, tiles: Tensor, n_tiles: Tensor, grid: Tensor) -> Tensor:
@@ -316,9 +339,9 @@ class VisionTransformer(Encoder):
         packed = PackedTiles(n_tiles, tiles.shape[1])
         x = self._embed(self.normalise(packed.pack(tiles)), self._where(packed, grid))
         shape, x = x.shape, x.flatten(0, 1)
-        groups = self._groups(packed)
+        sequences = Sequences(self._groups(packed))
         for layer in self.layers:
-            x = layer(x, groups)
+            x = layer(x, sequences)
         if self.config.pooling == "class":
             return packed.mean(self.norm(x.view(shape)[:, 0]))
         return packed.mean(self.norm(x).view(shape)[:, 1:].mean(1))
@@ -336,6 +359,10 @@ class VisionTransformer(Encoder):
         for number, canvas in enumerate(canvases(self.max_tiles), start=1):
             numbers[canvas] = number
         return numbers.to(tile.device)[rows, columns], tile
+
+    def sequences(self, groups: Groups, mask: Tensor | None = None) -> Sequences:
+        """What `forward` runs of its tokens, as in `Sequences`."""
+        return Sequences(groups, mask)
 
     def _groups(self, packed: PackedTiles) -> Groups:
         return [(n, t * self.config.tokens) for n, t in packed.groups]
@@ -361,30 +388,25 @@ class VisionTransformer(Encoder):
         return self.input_norm(x)
 
     def _encode(
-        self,
-        x: Tensor,
-        where: tuple[Tensor, Tensor],
-        groups: Groups,
-        mask: Tensor | None = None,
-        real: Tensor | float = 1.0,
+        self, x: Tensor, where: tuple[Tensor, Tensor], sequences: Sequences, real: Tensor | float = 1.0
     ) -> Tensor:
         """All layers: (V, L, D) to (V, L, width). The saved states come interleaved, channel c of tap j at
         D + c * len(taps) + j, as the weights of the release expect."""
-        shape, x = x.shape, x.flatten(0, 1)
+        shape, x = x.shape, sequences.own(x.flatten(0, 1))
         saved = []
         for i, layer in enumerate(self.layers):
             if i in self.config.taps:
                 saved.append(x)
-            x = layer(x, groups, mask)
+            x = layer(x, sequences)
         x = self.norm(x)
         if self.max_tiles > 1:
             embedding = real * self.post_tile_gate.tanh() * self.post_tile_embedding[where]
-            x = (x.view(shape) + embedding).flatten(0, 1)
+            x = x + sequences.own(embedding.expand(shape).flatten(0, 1))
         for layer in self.global_layers:
-            x = layer(x, groups, mask)
+            x = layer(x, sequences)
         if saved:
             x = torch.cat([x, torch.stack(saved, dim=-1).flatten(1).to(x.dtype)], dim=-1)
-        return x.view(*shape[:2], -1)
+        return sequences.whole(x).view(*shape[:2], -1)
 
     def _forward_released(self, tiles: Tensor, n_tiles: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """All images padded to `max_tiles` and tiles to a multiple of 8 tokens, at least one more than there
@@ -408,7 +430,7 @@ class VisionTransformer(Encoder):
         x = F.pad(self._embed(pixels, where, scale), (0, 0, 0, 8 - L % 8))
         padding = ~F.pad(real[..., None].expand(N, total, L), (0, 8 - L % 8), value=False).flatten(1)
         mask = ~(padding[:, None, :, None] & padding[:, None, None, :])
-        features = self._encode(x, where, [(N, padding.shape[1])], mask, scale)
+        features = self._encode(x, where, self.sequences([(N, padding.shape[1])], mask), scale)
         features = features.view(N, total, -1, self.width)[:, :T, :L]
         return features, real[:, :T].repeat_interleave(L, dim=1)
 

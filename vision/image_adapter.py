@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from ..adapters.contract import Adapter, Contribution, InterleavedLayer
@@ -18,6 +20,7 @@ from ..adapters.cross_attention import GatedCrossAttention
 from ..text.model import TransformerConfig
 from .encoder import VisionTransformer
 from .interchange import build_encoder, load_vision_state
+from .sequence_parallel import share_tokens
 from .tiles import ImagePreparation
 
 
@@ -198,6 +201,9 @@ class ImageAdapter(Adapter):
         others = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("encoder.")}
         copy.load_state_dict(others, strict=False)
         return copy.to(self.placeholder_embedding).train(self.training)
+
+    def shared(self, group: ProcessGroup, **required: nn.Module) -> AbstractContextManager[None] | None:
+        return share_tokens(self.encoder, group) if isinstance(self.encoder, VisionTransformer) else None
 
     def interleaved(self) -> Mapping[int, InterleavedLayer]:
         return {int(i): layer for i, layer in self.cross_attention.items()}  # type: ignore[misc]

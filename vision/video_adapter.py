@@ -4,11 +4,13 @@ before some of the image adapter's (section 7.2 of the paper; no released model 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..adapters.contract import Adapter, Contribution, InterleavedLayer
 from ..adapters.cross_attention import pass_unchanged
@@ -188,6 +190,10 @@ class VideoAdapter(Adapter):
         memory = rearrange(merged, "(n e) m d -> n (e m) d", n=N)
         soft = self.placeholder_embedding.expand(N, 1, -1)
         return Contribution(soft_tokens=soft, memory=memory)
+
+    def shared(self, group: ProcessGroup, **required: nn.Module) -> AbstractContextManager[None] | None:
+        image = required["image"]
+        return image.shared(group) if isinstance(image, ImageAdapter) else None
 
     def sample(self, frames: int, merge: int) -> None:
         """From now on `frames` of a clip, `merge` of them into one: 16 and 16 in pre-training, 64 and 32 in finetuning.
