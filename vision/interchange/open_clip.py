@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,16 +48,17 @@ _BLOCK = {
 }
 _TRANSPOSED = ("image_projection.weight", "text_projection.weight")
 # What our configs cannot say of a model of open_clip, by what it must be.
-_PLAIN_VISION = {"ls_init_value": None, "attentional_pool": False, "pos_embed_type": "learnable", "no_ln_pre": False}
-_PLAIN_VISION |= {"final_ln_after_pool": False, "timm_model_name": None, "block_type": None, "act_kwargs": None}
-_PLAIN_TEXT = {"ls_init_value": None, "embed_cls": False, "no_causal_mask": False, "final_ln_after_pool": False}
-_PLAIN_TEXT |= {
-    "proj_bias": False,
-    "proj_type": "linear",
-    "hf_model_name": None,
-    "block_type": None,
-    "act_kwargs": None,
-}
+_PLAIN_MODEL = {"custom_text": False, "multimodal_cfg": None}
+_PLAIN_BLOCKS = {"ls_init_value": None, "block_type": None, "act_kwargs": None, "norm_kwargs": None}
+_PLAIN_BLOCKS |= dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), False)
+_PLAIN_BLOCKS |= dict.fromkeys(("scale_attn", "scale_fc", "final_ln_after_pool"), False)
+_PLAIN_VISION = _PLAIN_BLOCKS | {"attentional_pool": False, "no_ln_pre": False}
+_PLAIN_VISION |= {"pos_embed_type": "learnable", "timm_model_name": None}
+_PLAIN_TEXT = _PLAIN_BLOCKS | {"embed_cls": False, "no_causal_mask": False, "proj_bias": False}
+_PLAIN_TEXT |= {"proj_type": "linear", "hf_model_name": None}
+_VISION_POOLS = {"tok": "class", "avg": "mean"}
+# "last" is the last place of a padded row there, whatever stands at it.
+_TEXT_POOLS = ("argmax", "eos")
 
 
 def open_clip_refusal(model: ContrastiveModel) -> str | None:
@@ -100,7 +102,9 @@ def save_open_clip(model: ContrastiveModel, path: str | Path, tokenizer: Tokeniz
 
 def load_open_clip_model(path: str | Path) -> ContrastiveModel:
     """The contrastive model of a directory with `open_clip_config.json` and its weights, in eval mode. The text tower
-    reads the state of a caption's last token, as pooling by "eos", "argmax" and "last" do.
+    reads the state of a caption's last token: where the tokenizer ends captions with the token of `eos_id`, or with
+    the one of the highest id, pooling by "eos" and "argmax" does the same. Of the preprocessing, mean and deviation
+    are read; how pictures are resized is up to who makes the tiles.
 
     Raises:
         ModelDirectoryError: a file is missing, or the model has something that ours have not; names every tensor that
@@ -109,15 +113,11 @@ def load_open_clip_model(path: str | Path) -> ContrastiveModel:
     path = Path(path)
     content = read_json(path / CONFIG)
     try:
-        model = _model_of(content.get("model_cfg", content))
+        model = model_of_config(content.get("model_cfg", content), content.get("preprocess_cfg") or {})
         state = from_open_clip(model, read_state(path / WEIGHTS))
     except ValueError as error:
         raise ModelDirectoryError(f"{path}: {error}") from error
     model.load_state_dict(state)
-    preprocessing = content.get("preprocess_cfg", {})
-    vision = model.vision
-    vision.mean = tuple(preprocessing.get("mean", CLIP_MEAN))
-    vision.std = tuple(preprocessing.get("std", CLIP_STD))
     return model.eval()
 
 
@@ -193,7 +193,7 @@ def _config_to_open_clip(model: ContrastiveModel, tokenizer: Tokenizer) -> dict[
                 "width": vision.dim,
                 "head_width": vision.dim // vision.n_heads,
                 "patch_size": vision.patch_size,
-                "mlp_ratio": vision.ffn_dim / vision.dim,
+                "mlp_ratio": mlp_ratio(vision.ffn_dim, vision.dim),
                 "pool_type": "tok" if vision.pooling == "class" else "avg",
             },
             "text_cfg": {
@@ -202,7 +202,7 @@ def _config_to_open_clip(model: ContrastiveModel, tokenizer: Tokenizer) -> dict[
                 "width": text.dim,
                 "heads": text.n_heads,
                 "layers": text.n_layers,
-                "mlp_ratio": text.ffn_dim / text.dim,
+                "mlp_ratio": mlp_ratio(text.ffn_dim, text.dim),
                 "pool_type": "eos",
                 "eos_id": tokenizer.eos_id,
                 "pad_id": 0,
@@ -213,37 +213,77 @@ def _config_to_open_clip(model: ContrastiveModel, tokenizer: Tokenizer) -> dict[
     }
 
 
-def _model_of(content: Mapping[str, Any]) -> ContrastiveModel:
+def model_of_config(content: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> ContrastiveModel:
+    """A new model of the sizes in `model_cfg` and with the colours of `preprocess_cfg`.
+
+    Raises:
+        ValueError: names the key that is missing, no number, or asks for something that ours have not.
+    """
     vision, text = content.get("vision_cfg"), content.get("text_cfg")
     if not isinstance(vision, dict) or not isinstance(text, dict):
         raise ValueError("vision_cfg or text_cfg is missing in its configuration")
-    for part, given, plain in (("vision_cfg", vision, _PLAIN_VISION), ("text_cfg", text, _PLAIN_TEXT)):
-        for key, value in plain.items():
-            if given.get(key, value) != value:
-                raise ValueError(f"{part}.{key} is {given[key]!r}; only models with {value!r} are read")
     if content.get("quick_gelu"):
         raise ValueError("quick_gelu is set, which our text tower has not; load its image tower with load_open_clip")
-    pools = {"tok": "class", "avg": "mean"}
-    if vision.get("pool_type", "tok") not in pools or text.get("pool_type", "argmax") not in ("argmax", "eos", "last"):
-        raise ValueError("pool_type must be 'tok' or 'avg' of images, and 'argmax', 'eos' or 'last' of texts")
-    width, head = vision.get("width", 768), vision.get("head_width", 64)
+    for where, part, plain in (
+        ("", content, _PLAIN_MODEL),
+        ("vision_cfg.", vision, _PLAIN_VISION),
+        ("text_cfg.", text, _PLAIN_TEXT),
+    ):
+        for key, value in plain.items():
+            if part.get(key, value) != value:
+                raise ValueError(f"{where}{key} is {part[key]!r}; only models with {value!r} are read")
+    pools = vision.get("pool_type", "tok"), text.get("pool_type", "argmax")
+    for where, pool, known in (("vision_cfg", pools[0], tuple(_VISION_POOLS)), ("text_cfg", pools[1], _TEXT_POOLS)):
+        if pool not in known:
+            raise ValueError(f"{where}.pool_type is {pool!r}; only models with one of {known} are read")
+    width, text_width = _size(vision, "vision_cfg.width", 768), _size(text, "text_cfg.width", 512)
     encoder = VisionConfig(
-        image_size=vision.get("image_size", 224),
-        patch_size=vision.get("patch_size", 16),
+        n_layers=_size(vision, "vision_cfg.layers", 12),
+        image_size=_size(vision, "vision_cfg.image_size", 224),
+        patch_size=_size(vision, "vision_cfg.patch_size", 16),
         dim=width,
-        n_layers=vision.get("layers", 12),
-        n_heads=width // head,
-        ffn_dim=round(width * vision.get("mlp_ratio", 4.0)),
+        n_heads=width // _size(vision, "vision_cfg.head_width", 64),
+        ffn_dim=_ffn_dim(vision, "vision_cfg.mlp_ratio", width),
         attention_bias=True,
-        pooling=pools[vision.get("pool_type", "tok")],  # type: ignore[arg-type]
+        pooling=_VISION_POOLS[pools[0]],  # type: ignore[arg-type]
+        mean=_colours(preprocessing, "mean", CLIP_MEAN),
+        std=_colours(preprocessing, "std", CLIP_STD),
     )
     tower = TextTowerConfig(
-        vocab_size=text.get("vocab_size", 49_408),
-        max_length=text.get("context_length", 77),
-        dim=text.get("width", 512),
-        n_layers=text.get("layers", 12),
-        n_heads=text.get("heads", 8),
-        ffn_dim=round(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
+        vocab_size=_size(text, "text_cfg.vocab_size", 49_408),
+        max_length=_size(text, "text_cfg.context_length", 77),
+        dim=text_width,
+        n_layers=_size(text, "text_cfg.layers", 12),
+        n_heads=_size(text, "text_cfg.heads", 8),
+        ffn_dim=_ffn_dim(text, "text_cfg.mlp_ratio", text_width),
     )
-    bias = content.get("init_logit_bias")
-    return ContrastiveModel(VisionTransformer(encoder), TextTower(tower), content["embed_dim"], initial_bias=bias)
+    shared, bias = _size(content, "embed_dim"), content.get("init_logit_bias")
+    return ContrastiveModel(VisionTransformer(encoder), TextTower(tower), shared, initial_bias=bias)
+
+
+def _size(part: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive whole number, by its full name: lists are the sizes of ResNets and of pictures that are no squares."""
+    value = part.get(name.rpartition(".")[2], default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; only models with a positive whole number are read")
+    return value
+
+
+def _ffn_dim(part: Mapping[str, Any], name: str, width: int) -> int:
+    ratio = part.get("mlp_ratio", 4.0)
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or ratio <= 0:
+        raise ValueError(f"{name} is {ratio!r}, not a positive number")
+    return int(width * ratio)  # cut off, as there
+
+
+def mlp_ratio(ffn_dim: int, width: int) -> float:
+    """The ratio by which open_clip finds this width again: it cuts off, and a quotient may be rounded down."""
+    ratio = ffn_dim / width
+    return ratio if int(width * ratio) == ffn_dim else math.nextafter(ratio, math.inf)
+
+
+def _colours(preprocessing: Mapping[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    values = preprocessing.get(key, default)
+    if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"preprocess_cfg.{key} is {values!r}, not three numbers")
+    return tuple(values)

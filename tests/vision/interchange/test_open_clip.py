@@ -9,7 +9,13 @@ from herdkit.text.interchange.tensor_files import ModelDirectoryError
 from herdkit.text.tokenizer import Tokenizer
 from herdkit.vision.contrastive import ContrastiveModel, TextTower, TextTowerConfig
 from herdkit.vision.encoder import VisionConfig, VisionTransformer
-from herdkit.vision.interchange.open_clip import load_open_clip_model, save_open_clip
+from herdkit.vision.interchange.open_clip import (
+    load_open_clip_model,
+    mlp_ratio,
+    model_of_config,
+    save_open_clip,
+    to_open_clip,
+)
 from herdkit.vision.pairs import encode_captions
 from safetensors.torch import save_file
 
@@ -94,9 +100,15 @@ def test_a_model_of_open_clip_is_read(tokenizer, tmp_path):
             p.copy_(p + 0.2 * torch.randn_like(p))
     path = tmp_path / "clip"
     path.mkdir()
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**config, "text_cfg": text}}))
+    # What directories of others spell out.
+    absent = dict.fromkeys(("norm_kwargs", "act_kwargs", "ls_init_value", "block_type"))
+    spelt = {"vision_cfg": absent | {"timm_model_name": None} | config["vision_cfg"], "text_cfg": absent | text}
+    content = {"model_cfg": {**config, **spelt}, "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}}
+    (path / "open_clip_config.json").write_text(json.dumps(content))
     save_file(theirs.state_dict(), path / "open_clip_model.safetensors")
     ours = load_open_clip_model(path)
+    assert ours.vision.mean == ours.vision.config.mean == (0.5, 0.4, 0.3)
+    assert ours.vision.std == ours.vision.config.std == (0.2, 0.3, 0.4)
     for a, b in zip(vectors(ours, tokenizer), their_vectors(theirs, tokenizer), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -109,13 +121,61 @@ def test_a_model_of_open_clip_is_read(tokenizer, tmp_path):
 
     assert "timm_model_name is 'vit'" in refused(vision_cfg={**config["vision_cfg"], "timm_model_name": "vit"})
     assert "quick_gelu" in refused(quick_gelu=True)
-    assert "pool_type" in refused(text_cfg={**text, "pool_type": "first"})
+    for pool in ("first", "last", "none"):
+        assert f"text_cfg.pool_type is '{pool}'" in refused(text_cfg={**text, "pool_type": pool})
+    assert "vision_cfg.pool_type is 'last'" in refused(vision_cfg={**config["vision_cfg"], "pool_type": "last"})
+    for part, key, value in (
+        ("vision_cfg", "image_size", [28, 28]),
+        ("vision_cfg", "layers", [1, 1, 1, 1]),
+        ("vision_cfg", "head_width", 0),
+        ("vision_cfg", "mlp_ratio", "4"),
+        ("vision_cfg", "norm_kwargs", {"eps": 1e-6}),
+        ("text_cfg", "heads", None),
+        ("text_cfg", "norm_kwargs", {"eps": 1e-6}),
+        ("text_cfg", "qk_norm", True),
+    ):
+        given = {**config, "text_cfg": text}[part]
+        assert f"{part}.{key} is {value!r}" in refused(**{part: {**given, key: value}})
+    assert "embed_dim is None" in refused(embed_dim=None)
     assert "text_cfg is missing" in refused(text_cfg=None)
     message = refused(embed_dim=8)
     assert "visual.proj has shape (32, 16), expected (32, 8)" in message
     assert "missing visual.transformer.resblocks.2.ln_1.weight" in refused(
         vision_cfg={**config["vision_cfg"], "layers": 3}
     )
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-g-14"])
+def test_open_clips_own_configs_are_read(name):
+    """The second's hidden width is no whole multiple of its width."""
+    config = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        ours, theirs = model_of_config(config, {}), open_clip.CLIP(**config)
+    shapes = [
+        {key: tensor.shape for key, tensor in state.items()} for state in (to_open_clip(ours), theirs.state_dict())
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("RN50", r"vision_cfg\.layers is \[3, 4, 6, 3\]"),
+        ("coca_ViT-B-32", "custom_text"),
+        ("ViT-M-16-alt", r"vision_cfg\.ls_init_value"),
+        ("ViT-B-32-quickgelu", "quick_gelu"),
+        ("convnext_base", r"vision_cfg\.timm_model_name"),
+    ],
+)
+def test_open_clips_configs_of_other_kinds_are_refused_by_name(name, key):
+    with pytest.raises(ValueError, match=key):
+        model_of_config(open_clip.get_model_config(name), {})
+
+
+def test_open_clip_finds_every_hidden_width_again():
+    """It cuts off what the quotient of the two widths gives; 61 / 7 * 7 is a little less than 61."""
+    assert int(61 / 7 * 7) == 60
+    assert all(int(dim * mlp_ratio(ffn, dim)) == ffn for dim in range(1, 200) for ffn in range(1, 500))
 
 
 def test_models_that_open_clip_cannot_hold_are_refused(tokenizer, tmp_path):
