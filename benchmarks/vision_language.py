@@ -117,7 +117,7 @@ def main() -> None:
 
         @torch.inference_mode()
         def here(padding: str, text=text, inputs=inputs) -> torch.Tensor:
-            ours.image.encoder.config.padding = padding
+            ours.image.change_encoder(padding=padding)
             return ours(text, inputs)
 
         ways = {
@@ -135,7 +135,7 @@ def main() -> None:
             )  # fmt: skip
 
         def our_decode(new: int, text=text, inputs=inputs) -> list:
-            ours.image.encoder.config.padding = "clean"
+            ours.image.change_encoder(padding="clean")
             prompts = text.tolist()
             options_ = SamplingOptions(max_new_tokens=new)
             return generate(ours.text, prompts, options_, forward=decoder(ours, inputs))

@@ -67,9 +67,10 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> 
     return dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class VisionConfig:
-    """Sizes and choices of a vision transformer; `preset` has those of the paper.
+    """Sizes and choices of a vision transformer; `preset` has those of the paper. Never changed in place: an adapter
+    writes down what its encoder is built from, see `ImageAdapter.change_encoder`.
 
     Args:
         image_size: side of a tile in pixels.
@@ -120,7 +121,7 @@ class VisionConfig:
 
     def __post_init__(self):
         for name in ("taps", "mean", "std"):
-            setattr(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("image_size", "patch_size", "dim", "n_layers", "n_heads", "ffn_dim", "max_tiles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -146,6 +147,11 @@ class VisionConfig:
     def width(self) -> int:
         """Channels of the features: the final state and the taps."""
         return self.dim * (1 + len(self.taps))
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the tables of tiles: those of the largest canvas, or all canvases and one for none."""
+        return self.max_tiles if self.tile_tables == "place" else 1 + len(canvases(self.max_tiles))
 
     @property
     def tokens(self) -> int:
@@ -281,7 +287,7 @@ class VisionTransformer(Encoder):
         position_std = dim**-0.5 if config.position_std is None else config.position_std
         self.position_embedding = nn.Parameter(torch.randn(tokens, dim) * position_std)
         if tiles > 1:
-            rows = tiles if config.tile_tables == "place" else 1 + len(canvases(tiles))
+            rows = config.tile_rows
             self.tile_position_embedding = nn.Parameter(torch.empty(rows, tiles, tokens, dim))
             self.position_gate = nn.Parameter(torch.zeros(1))
             self.pre_tile_embedding = nn.Parameter(torch.randn(rows, tiles, 1, dim) * dim**-0.5)

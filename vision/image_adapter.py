@@ -184,6 +184,27 @@ class ImageAdapter(Adapter):
             memory = memory + F.pad(torch.stack(places)[which], (0, 0, 1, 0))
         return memory.flatten(1, 2)
 
+    def change_encoder(self, **changes: Any) -> None:
+        """Runs the encoder otherwise from now on, and keeps that in what is saved.
+
+        Args:
+            changes: `padding` and `pooling` of its `VisionConfig`; `tile_tables` where the tables are of that form
+                already, see `herdkit.vision.interchange.tile_tables`.
+
+        Raises:
+            ValueError: the encoder is none of ours, or a change asks for other weights.
+        """
+        encoder = self.encoder
+        if not isinstance(encoder, VisionTransformer):
+            raise ValueError(f"a {type(encoder).__name__} cannot be changed; only a VisionTransformer can")
+        if wrong := sorted(changes.keys() - {"padding", "pooling", "tile_tables"}):
+            raise ValueError(f"encoder.{wrong[0]} cannot be changed: only padding, pooling and tile_tables can")
+        config = replace(encoder.config, **changes)
+        if config.max_tiles > 1 and len(encoder.tile_position_embedding) != config.tile_rows:
+            raise ValueError(f"encoder.tile_tables cannot be changed to {config.tile_tables!r}: its tables are not so")
+        encoder.config = config
+        self.config = replace(self.config, encoder={**self.config.encoder, **changes})
+
     @torch.no_grad()
     def with_tiles_of(self, image_size: int, text: TransformerConfig) -> ImageAdapter:
         """A copy whose encoder takes tiles of another side in pixels: its tables of positions are stretched, all other

@@ -209,6 +209,34 @@ def test_an_image_adapter_over_a_timm_tower():
     assert given.memory_mask.sum(1).tolist() == [10, 5]
 
 
+def test_what_is_changed_of_an_encoder_is_what_config_json_keeps():
+    adapter = image_of(encoder=ENCODER)
+    batch = images([[1, 1], [1, 3]])
+    with torch.no_grad():
+        before = adapter(batch).memory
+        adapter.change_encoder(padding="released")
+        after = adapter(batch).memory
+    assert (after - before)[0].abs().max() > 1e-4
+    assert "padding" not in ENCODER
+    stored = json.loads(json.dumps(dataclasses.asdict(adapter.config)))
+    again = ImageAdapter(dataclass_from_dict(ImageAdapterConfig, stored), TEXT).double()
+    assert again.encoder.config == adapter.encoder.config
+    again.load_state_dict(adapter.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(batch).memory, after)
+    for changes, named in (
+        ({"padding": "none"}, "padding must be one of"),
+        ({"dim": 8}, r"encoder\.dim cannot be changed"),
+        ({"tile_tables": "arrangement"}, r"encoder\.tile_tables cannot be changed to 'arrangement'"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            adapter.change_encoder(**changes)
+    assert again.config == adapter.config
+    timm = {"type": "timm", "model": "vit_tiny_patch16_224", "image_size": 32, "options": {"depth": 1}}
+    with pytest.raises(ValueError, match="a TimmEncoder cannot be changed"):
+        image_of(encoder=timm).change_encoder(padding="clean")
+
+
 def at(starts: list[int], rows: list[int], end: int = 12) -> Placements:
     n = len(starts)
     return Placements(

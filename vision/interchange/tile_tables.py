@@ -36,6 +36,5 @@ def tell_by_place(adapter: ImageAdapter) -> bool:
     for name, table in tables.items():
         assert table is not None
         setattr(encoder, name, nn.Parameter(table, requires_grad=getattr(encoder, name).requires_grad))
-    encoder.config.tile_tables = "place"
-    adapter.config.encoder = {**adapter.config.encoder, "tile_tables": "place"}
+    adapter.change_encoder(tile_tables="place")
     return True
