@@ -219,8 +219,8 @@ class ImageAdapter(Adapter):
         copy = ImageAdapter(replace(self.config, encoder=encoder), text)
         assert isinstance(copy.encoder, VisionTransformer)
         load_vision_state(copy.encoder, self.encoder)
-        others = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("encoder.")}
-        copy.load_state_dict(others, strict=False)
+        stretched_encoder = {f"encoder.{name}": tensor for name, tensor in copy.encoder.state_dict().items()}
+        copy.load_state_dict(self.state_dict() | stretched_encoder)
         return copy.to(self.placeholder_embedding).train(self.training)
 
     def shared(self, group: ProcessGroup, **required: nn.Module) -> AbstractContextManager[None] | None:

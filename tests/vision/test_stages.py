@@ -245,3 +245,6 @@ def test_larger_tiles_keep_what_a_tile_says():
     torch.testing.assert_close(new[[1, 16, -16, -1]], old[[1, 8, -8, -1]])
     kept = {name: tensor for name, tensor in small.state_dict().items() if "position_embedding" not in name}
     assert all(torch.equal(large.state_dict()[name], tensor) for name, tensor in kept.items())
+    small.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match="extra"):
+        small.with_tiles_of(128, text)
