@@ -1,5 +1,5 @@
-"""Forward and forward+backward of our vision transformer and of timm's and open_clip's of the same size, the same
-weights where they can be shared, in turns in one process.
+"""Forward and forward+backward of our vision transformer and of timm's and open_clip's of the same size, each with
+random weights of its own, in turns in one process.
 
     OMP_PROC_BIND=true python benchmarks/vision_encoder.py [--threads 2] [--rounds 7] [--batch 8] [--size base]
     python benchmarks/vision_encoder.py --device cuda --size huge --batch 64       # H/14: images/s and MFU

@@ -1,6 +1,6 @@
 """Sentences that mean the same in four languages, and their speech: data to learn transcription and translation on.
 
-    the red dog sleeps today - der rote Hund schläft heute - el perro rojo duerme hoy - le chien rouge dort aujourd'hui
+    the red dog sleeps today - der rote hund schläft heute - el perro rojo duerme hoy - le chien rouge dort aujourd'hui
 
 Word order, gender and agreement differ, so that translating is more than putting one word for another. All texts are in
 lower case, and without punctuation but for French apostrophes.
