@@ -89,7 +89,7 @@ def look(model: ComposedModel, messages: Dialog, answer: str) -> list[tuple[Imag
     batch = inputs["image"]
     pictures = [adapter.prepare.load(source) for source in _pictures(messages)]
     order = list(dict.fromkeys(batch.placements.input.tolist()))
-    per_input = mean.unflatten(0, (len(order), -1))
+    per_input = mean.unflatten(0, (len(order), batch.tensors["tiles"].shape[1], -1))
     found = []
     for slot, number in enumerate(sorted(order)):
         found.append((pictures[number], patch_grid(per_input[slot], pictures[number], adapter)))
@@ -97,21 +97,15 @@ def look(model: ComposedModel, messages: Dialog, answer: str) -> list[tuple[Imag
 
 
 def patch_grid(weights: Tensor, picture: Image.Image, adapter: ImageAdapter) -> Tensor:
-    """The weights (T * L,) of a picture's entries in memory as (rows, columns) of the patches that it fills."""
+    """The weights (T, L) of a picture's entries in memory, those of padded tiles among them, as (rows, columns) of the
+    patches that it fills. The patches are the last square number of a tile's tokens, behind class token and registers.
+    """
     s = adapter.encoder.image_size
     plan = arrange(picture.height, picture.width, s, adapter.encoder.max_tiles)
-    count = plan.rows * plan.columns
-    tokens = _tokens_of_tile(weights, count, adapter)
-    side = math.isqrt(tokens - 1)
-    patches = weights[: count * tokens].unflatten(0, (count, tokens))[:, 1 + tokens - 1 - side * side :]
-    grid = patches.view(plan.rows, plan.columns, side, side).transpose(1, 2).reshape(plan.rows * side, -1)
+    side = math.isqrt(weights.shape[1])
+    patches = weights[: plan.rows * plan.columns, -side * side :]
+    grid = patches.reshape(plan.rows, plan.columns, side, side).transpose(1, 2).reshape(plan.rows * side, -1)
     return grid[: math.ceil(plan.height / s * side), : math.ceil(plan.width / s * side)]
-
-
-def _tokens_of_tile(weights: Tensor, tiles: int, adapter: ImageAdapter) -> int:
-    config: Any = getattr(adapter.encoder, "config", None)
-    tokens = getattr(config, "tokens", None)
-    return tokens if tokens is not None else len(weights) // tiles
 
 
 def _pictures(messages: Sequence[Any]) -> Iterator[Any]:
