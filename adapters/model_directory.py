@@ -118,16 +118,17 @@ def attach_adapters(
         path: a directory that `save` wrote, or a Llama 3.2 Vision, for its image adapter; its language model must be
             that of `model`, weight for weight.
         adapters: the modalities to attach; None for all that `model` has not. They come to its device and mode.
-        other_weights: only the sizes of the language models must be equal, as where one is the finetuned other.
+        other_weights: only the sizes and the tokens of the language models must be equal, as where one is the finetuned
+            other.
 
     Raises:
-        ModelDirectoryError: as `load`, and where the language models differ or nothing is left to attach.
+        ModelDirectoryError: as `load`, and where the language models or their tokenizers differ, or nothing is left
+            to attach.
     """
     path = Path(path)
     weight, found = model.text.tok_embeddings.weight, layout_of(path)
     donor = None if found is None else found[0].load(found[1], weight.dtype)
-    if not _same_language_model(model, path, donor, other_weights):
-        raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
+    _require_same_language_model(model, path, donor, other_weights)
     names = list(_adapter_configs(path)) if donor is None else donor.modalities
     chosen = [name for name in names if name not in model.adapters] if adapters is None else adapters
     if not chosen:
@@ -142,14 +143,33 @@ def attach_adapters(
             model.attach(adapter.to(weight).train(model.training))
 
 
-def _same_language_model(model: ComposedModel, path: Path, donor: ComposedModel | None, other_weights: bool) -> bool:
+def _require_same_language_model(
+    model: ComposedModel, path: Path, donor: ComposedModel | None, other_weights: bool
+) -> None:
+    weights = {}
     if donor is None and other_weights and find_layout(path)[0] == "herdkit":
-        return dataclass_from_dict(TransformerConfig, read_config(path)["text"], "text.") == model.text.config
-    other = load_model(path, model.text.tok_embeddings.weight.dtype)[0] if donor is None else donor.text
-    if model.text.config != other.config:
-        return False
-    ours, theirs = model.text.state_dict(), other.state_dict()
-    return other_weights or all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
+        config = dataclass_from_dict(TransformerConfig, read_config(path)["text"], "text.")
+        tokenizer = _tokenizer_of(path)
+    else:
+        if donor is not None:
+            text, tokenizer = donor.text, donor.tokenizer
+        else:
+            text, tokenizer = load_model(path, model.text.tok_embeddings.weight.dtype)
+        config = text.config
+        if not other_weights:
+            weights = text.state_dict()
+    ours = model.text.state_dict()
+    if config != model.text.config or any(not torch.equal(ours[name].cpu(), weights[name]) for name in weights):
+        raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
+    if tokenizer is not None and model.tokenizer is not None and not tokenizer.same_tokens(model.tokenizer):
+        raise ModelDirectoryError(f"{path}: its adapters were trained with other tokens than those of this model")
+
+
+def _tokenizer_of(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ModelDirectoryError(f"{path}: no tokenizer can be read: {error}") from error
 
 
 def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
@@ -165,10 +185,7 @@ def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
             raise ModelDirectoryError(f"{path}: no tokenizer can be read: there is none")
         return model.tokenizer, [Port.of(adapter) for adapter in model.adapters.values()]
     layout, path = find_layout(Path(path))
-    try:
-        tokenizer = Tokenizer.load(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise ModelDirectoryError(f"{path}: no tokenizer can be read: {error}") from error
+    tokenizer = _tokenizer_of(path)
     if layout != "herdkit":
         return tokenizer, []
     config = read_config(path)

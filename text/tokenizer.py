@@ -214,6 +214,13 @@ class Tokenizer:
     def __reduce__(self):
         return Tokenizer.from_json, (self.to_json(),)
 
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether both give every id the same meaning: a special token has it by its place, whatever it is called."""
+        return self.bos_id == other.bos_id and self._ordinary() == other._ordinary()
+
+    def _ordinary(self) -> dict[str, int]:
+        return {token: id for token, id in self._backend.get_vocab().items() if id < self.bos_id}
+
     def special(self, name: str) -> int:
         """The id of a special token, such as "<|image|>".
 

@@ -91,6 +91,27 @@ def test_senses_trained_apart_come_together_on_the_language_model_they_share(mod
     with pytest.raises(ModelDirectoryError, match="hearing: its adapters were trained for another language model"):
         attach_adapters(stranger, tmp_path / "hearing")
     assert stranger.modalities == ["image"]
+    attach_adapters(stranger, tmp_path / "hearing", other_weights=True)
+    assert stranger.modalities == ["image", "speech"]
+
+
+def test_adapters_join_no_model_of_other_tokens(model, tmp_path):
+    """The tokenizer's file may differ, and so may the names of special tokens, as from release to release."""
+    whole = herdkit.save(model, tmp_path / "whole")
+    content = json.loads(model.tokenizer.to_json())
+    for token in content["added_tokens"][11:]:
+        token["content"] = f"<|reserved_special_token_{token['id']}|>"
+    renamed = Tokenizer.from_json(json.dumps(content))
+    assert renamed.to_json() != model.tokenizer.to_json()
+    other = Tokenizer.train(["one more, other words, quite others"], 514)
+    assert other.vocab_size == model.tokenizer.vocab_size
+    for other_weights in (False, True):
+        attach_adapters(compose(model.text, renamed), whole, other_weights=other_weights)
+        with pytest.raises(ModelDirectoryError, match="whole: its adapters were trained with other tokens"):
+            attach_adapters(compose(model.text, other), whole, other_weights=other_weights)
+    (whole / "tokenizer.json").unlink()
+    with pytest.raises(ModelDirectoryError, match="whole: no tokenizer can be read"):
+        attach_adapters(compose(model.text, renamed), whole, other_weights=True)
 
 
 def test_a_language_model_of_another_layout_takes_adapters_and_only_ours_saves_them(model, tmp_path):

@@ -1,5 +1,6 @@
 """The chain of vision stages with the smallest models, each from what the one before wrote; and the paper's recipes."""
 
+import dataclasses
 import io
 from fractions import Fraction
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_the_chain_of_the_paper(root):
     finetuned = run(
         root,
         "image_sft",
-        f"stage: vision.sft\ninit: {root}/runs/anneal/model\nlanguage_model: {root}/tuned" + freeze("image.*"),
+        f'stage: vision.sft\ninit: {root}/tuned\ngraft: ["{root}/runs/anneal/model"]' + freeze("image.*"),
     )
     assert not changed(tuned, finetuned, "text.")
     assert changed(annealed, finetuned, "image.encoder.")
@@ -190,8 +191,8 @@ def test_what_does_not_fit_is_named(root):
     )  # fmt: skip
     save_text(Transformer(other), herdkit.load(root / "base").tokenizer, root / "shallow")
     text = "stage: vision.sft\ninit: {}"
-    with pytest.raises(ValueError, match="shallow: its language model has other sizes"):
-        run(root, "a", text.format(root / "base") + f"\nlanguage_model: {root}/shallow")
+    with pytest.raises(ValueError, match="base: its adapters were trained for another language model"):
+        run(root, "a", text.format(root / "shallow") + f'\ngraft: ["{root}/base"]')
     with pytest.raises(ValueError, match="frames and merge: the model has no video adapter"):
         run(root, "b", text.format(root / "base") + "\nframes: 4")
     with pytest.raises(ValueError, match="has no image adapter of ours"):
@@ -200,6 +201,13 @@ def test_what_does_not_fit_is_named(root):
     video = VideoAdapter(config, text_preset("tiny"))
     with pytest.raises(ValueError, match=r"merge \(8\) is above max_merge \(4\)"):
         video.sample(8, 8)
+    model = herdkit.load(root / "base")
+    model.attach(ImageAdapter(image_adapter.ImageAdapterConfig(n_cross_layers=2), model.text.config))
+    model.attach(VideoAdapter(dataclasses.replace(config, n_image_layers=2), model.text.config))
+    herdkit.save(model, root / "moving")
+    for key in ("frames", "merge"):
+        with pytest.raises(ValueError, match=f"{key} must be at least 1, not 0"):
+            run(root, key, text.format(root / "moving") + f"\n{key}: 0")
 
 
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
@@ -220,7 +228,7 @@ def test_recipes_have_the_papers_models(size):
         projected = sum(p.numel() for p in encoder.parameters()) + 7681 * 4096
     assert projected / 1e6 == pytest.approx(831.7, abs=0.06)
     assert (recipe("image_anneal").optimizer.lr, recipe("image_anneal").image_size) == (2e-5, 448)
-    assert recipe("image_sft").language_model
+    assert recipe("image_sft").graft == [f"./runs/image_anneal_{size}/model"]
     if size == "405b":
         return
     video = recipe("video_pretrain")
