@@ -4,7 +4,7 @@ adjacent pairs, so the rows of the query and key projections are reordered withi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,21 +136,14 @@ def save_huggingface(
     Raises:
         ValueError: max_shard_bytes is not positive.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
     weights = TrainedWeights.of(model)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in weights.tensors.kinds.items()}
-    shards = list(split_sizes(sizes, max_shard_bytes))
-    listed = {}
-    for i, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+    shards = split_sizes(sizes, max_shard_bytes)
+    for file, names in shards.items():
         weights.write(path / file, names, partial(_to_hf, weights.config))
-        listed |= dict.fromkeys(map(hf_name, names), file)
     if not weights.first:
         return
-    if len(shards) > 1:
-        total = sum(sizes.values())
-        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))})
+    write_index({file: map(hf_name, names) for file, names in shards.items()}, sum(sizes.values()), path)
     dtype = str(weights.tensors.kinds["tok_embeddings.weight"][1]).removeprefix("torch.")
     # transformers 4 reads the second of the two names.
     config = config_to_hf(weights.config) | {"dtype": dtype, "torch_dtype": dtype}
@@ -165,15 +158,40 @@ def save_huggingface(
     save_tokenizer(tokenizer, path, weights.config.max_seq_len)
 
 
-def split_sizes(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
-    """The names in groups of at most so many bytes, more only where one alone has more."""
-    shard: list[str] = []
+def split_sizes(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+    """The names of tensors by the file that is to hold them, in order: as many files as it takes.
+
+    Args:
+        sizes: of the tensors in bytes.
+        max_shard_bytes: a file holds more only where one tensor does.
+
+    Raises:
+        ValueError: max_shard_bytes is not positive.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
+    shards: list[list[str]] = [[]]
+    filled = 0
     for name, size in sizes.items():
-        if shard and sum(sizes[other] for other in shard) + size > max_bytes:
-            yield shard
-            shard = []
-        shard.append(name)
-    yield shard
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def write_index(shards: Mapping[str, Iterable[str]], total_size: int, path: Path) -> None:
+    """Says which file holds which of the stored names, where there are several.
+
+    Args:
+        total_size: of all tensors in bytes.
+    """
+    if len(shards) > 1:
+        listed = {name: file for file, names in shards.items() for name in names}
+        write_json(path / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(listed.items()))})
 
 
 def save_tokenizer(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,6 @@ from ...adapters.compose import ComposedModel, compose
 from ...adapters.layouts import ComposedLayout
 from ...text.chat_template import chat_template
 from ...text.interchange.huggingface import (
-    INDEX,
-    WEIGHTS,
     files_by_name,
     hf_name,
     rotated_heads,
@@ -38,6 +36,7 @@ from ...text.interchange.huggingface import (
     split_sizes,
     to_halves,
     to_pairs,
+    write_index,
 )
 from ...text.interchange.tensor_files import ModelDirectoryError, Piece, fill, read_json, save_tensors, write_json
 from ...text.model import Transformer, TransformerConfig
@@ -213,8 +212,6 @@ class HuggingFaceVision(ComposedLayout):
     def save(
         self, model: ComposedModel, path: Path, *, max_shard_bytes: int = 5_000_000_000, model_parallel: int = 1
     ) -> None:
-        if max_shard_bytes < 1:
-            raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
         (_, encoder), text = parts_of(model), model.text.config
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         if encoder.config.tile_tables == "place":
@@ -229,11 +226,11 @@ class HuggingFaceVision(ComposedLayout):
         tensors = {
             name: embedding if not match.target else state[match.target][match.region] for name, match in found.items()
         }
-
-        def convert(shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: found[name].to_theirs(tensor) for name, tensor in shard.items()}
-
-        save_shards(tensors, path, max_shard_bytes, convert)
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        shards = split_sizes(sizes, max_shard_bytes)
+        for file, names in shards.items():
+            save_tensors({name: found[name].to_theirs(tensors[name]) for name in names}, path / file)
+        write_index(shards, sum(sizes.values()), path)
         dtype = str(tokens.dtype).removeprefix("torch.")
         write_json(path / "config.json", configs_to_hf(model, image_token) | {"dtype": dtype, "torch_dtype": dtype})
         write_json(path / "preprocessor_config.json", preprocessing_to_hf(encoder))
@@ -242,31 +239,6 @@ class HuggingFaceVision(ComposedLayout):
             text_of = with_image_token(model.tokenizer)
             save_tokenizer(model.tokenizer, path, text.max_seq_len, template, text_of)
             write_json(path / "chat_template.json", {"chat_template": template})
-
-
-def save_shards(
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    max_bytes: int,
-    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
-) -> None:
-    """Weights in as many files as it takes, and their index where there are several.
-
-    Args:
-        tensors: in the order in which they are written.
-        convert: gives the tensors of a file their names and order of rows.
-    """
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    shards = list(split_sizes(sizes, max_bytes))
-    listed = {}
-    for i, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        converted = convert({name: tensors[name] for name in names})
-        save_tensors(converted, path / file)
-        listed |= dict.fromkeys(converted, file)
-    if len(shards) > 1:
-        total = sum(sizes.values())
-        write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))})
 
 
 def _pieces(model: ComposedModel) -> Iterator[Piece]:
