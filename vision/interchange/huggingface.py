@@ -41,17 +41,17 @@ from ...text.interchange.huggingface import (
 from ...text.interchange.tensor_files import ModelDirectoryError, Piece, fill, read_json, save_tensors, write_json
 from ...text.model import Transformer, TransformerConfig
 from ...text.tokenizer import SPECIAL_TOKENS, Tokenizer
-from ..encoder import VisionTransformer, by_arrangement
+from ..encoder import by_arrangement
 from ..image_adapter import ImageAdapter
 from ..tiles import canvases
 from .huggingface_config import (
     configs_from_hf,
     configs_to_hf,
     image_token_of,
-    parts_of,
     preprocessing_to_hf,
     read_preprocessing,
 )
+from .released_model import parts_of, refusal
 from .tile_tables import TABLES, tell_by_place
 
 EXTRA_ROWS = 8
@@ -267,29 +267,6 @@ def _later_name(name: str) -> str:
         if name.startswith(before):
             return after + name.removeprefix(before)
     return name
-
-
-def refusal(model: ComposedModel) -> str | None:
-    """What stands against writing a model as a Llama 3.2 Vision; None where nothing does."""
-    image = model.adapters.get("image")
-    if model.modalities != ["image"] or not isinstance(image, ImageAdapter):
-        return "it holds a language model with our image adapter alone"
-    encoder, adapter, text = image.encoder, image.config, model.text.config
-    if not isinstance(encoder, VisionTransformer):
-        return f"the encoder must be a VisionTransformer, not a {type(encoder).__name__}"
-    wanted = {"attention_bias": False, "patch_bias": False, "patch_norm": False, "input_norm": True, "norm_eps": 1e-5}
-    wanted |= {"padding": "released"}
-    for name, value in wanted.items():
-        if getattr(encoder.config, name) != value:
-            hint = "; it can be set after loading too" if name == "padding" else ""
-            return f"encoder.{name} must be {value!r}, not {getattr(encoder.config, name)!r}{hint}"
-    if encoder.max_tiles < 2:
-        return "encoder.max_tiles must be at least 2"
-    if adapter.memory_positions or (adapter.ffn_dim or text.ffn_dim) != text.ffn_dim:
-        return "memory_positions must be 0, and ffn_dim that of the language model"
-    if text.tie_embeddings:
-        return "the language model's embedding must not be tied to its output"
-    return None
 
 
 def load_tokenizer(path: Path, content: Mapping[str, Any], text: TransformerConfig) -> Tokenizer | None:

@@ -12,18 +12,11 @@ from ...text.interchange.huggingface import config_from_hf, config_to_hf
 from ...text.interchange.tensor_files import integer, read_json
 from ...text.model import TransformerConfig
 from ..encoder import CLIP_MEAN, CLIP_STD, VisionConfig, VisionTransformer
-from ..image_adapter import ImageAdapter, ImageAdapterConfig
+from ..image_adapter import ImageAdapterConfig
 from ..tiles import canvases
+from .released_model import parts_of
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-
-
-def parts_of(model: ComposedModel) -> tuple[ImageAdapter, VisionTransformer]:
-    """The image adapter of a model that has one of ours, and its encoder."""
-    adapter = model.adapters["image"]
-    assert isinstance(adapter, ImageAdapter)
-    assert isinstance(adapter.encoder, VisionTransformer)
-    return adapter, adapter.encoder
 
 
 def image_token_of(content: Mapping[str, Any]) -> int:

@@ -33,8 +33,7 @@ from ...text.tokenizer import Tokenizer
 from ...train.files import sync
 from ..encoder import CLIP_MEAN, CLIP_STD, VisionConfig
 from ..image_adapter import ImageAdapter, ImageAdapterConfig, placement
-from .huggingface import refusal
-from .huggingface_config import parts_of
+from .released_model import parts_of, refusal
 from .tile_tables import TABLES, by_place
 
 HEADS, TAPS = 16, (3, 7, 15, 23, 30)
