@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..text.attention import dot_product_attention
 from .packed import Encoder, PackedTiles
-from .tiles import canvases
+from .tiles import canvas_numbers, canvases
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -361,10 +361,7 @@ class VisionTransformer(Encoder):
         rows, columns = grid.unbind(-1)
         if self.config.tile_tables == "place":
             return tile // columns, tile % columns
-        numbers = torch.zeros(self.max_tiles + 1, self.max_tiles + 1, dtype=torch.int64)
-        for number, canvas in enumerate(canvases(self.max_tiles), start=1):
-            numbers[canvas] = number
-        return numbers.to(tile.device)[rows, columns], tile
+        return canvas_numbers(rows, columns, self.max_tiles), tile
 
     def sequences(self, groups: Groups, mask: Tensor | None = None) -> Sequences:
         """What `forward` runs of its tokens, as in `Sequences`."""

@@ -37,6 +37,12 @@ def canvases(max_tiles: int) -> list[tuple[int, int]]:
     return [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
 
 
+def canvas_numbers(rows: Tensor, columns: Tensor, max_tiles: int) -> Tensor:
+    """The numbers of canvases among `canvases`, counted from 1; all int64 of one shape, on one device."""
+    widest = max_tiles // torch.arange(1, max_tiles + 1, device=rows.device)
+    return (widest.cumsum(0) - widest)[rows - 1] + columns
+
+
 @lru_cache(maxsize=4096)
 def arrange(height: int, width: int, tile_size: int, max_tiles: int) -> Arrangement:
     """The canvas for a picture: that of the smallest enlargement that fits it, else of the least reduction; the

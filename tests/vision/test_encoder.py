@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from herdkit.vision.encoder import VisionConfig, VisionTransformer, preset
+from herdkit.vision.encoder import VisionConfig, VisionTransformer, by_arrangement, preset
 from herdkit.vision.packed import PackedTiles
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -106,6 +106,28 @@ def test_tiles_of_one_image_see_each_other_and_their_arrangement():
     beside, _ = model(tiles, torch.tensor([2]), torch.tensor([[1, 2]]))
     above, _ = model(tiles, torch.tensor([2]), torch.tensor([[2, 1]]))
     assert (beside[0, 0] - above[0, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("padding", ["clean", "released"])
+def test_tables_by_arrangement_learn_at_the_tiles_of_their_canvas(padding):
+    """And where those by place hold the same, the features are the same."""
+    model, placed = encoder(tile_tables="arrangement", padding=padding), encoder(padding=padding)
+    tables = ("pre_tile_embedding", "post_tile_embedding", "tile_position_embedding")
+    placed.load_state_dict({n: t for n, t in model.state_dict().items() if n not in tables}, strict=False)
+    with torch.no_grad():
+        for name in tables:
+            getattr(model, name).copy_(by_arrangement(getattr(placed, name)))
+    features, mask = model(pictures(), COUNTS, GRIDS)
+    expected, _ = placed(pictures(), COUNTS, GRIDS)
+    real = mask.view(6, 4, 17)
+    torch.testing.assert_close(features[real], expected[real], rtol=0, atol=1e-12)
+    features[real].square().sum().backward()
+    numbers = [1 + get_all_supported_aspect_ratios(4).index(tuple(grid)) for grid in GRIDS.tolist()]
+    used = torch.zeros(9, 4, dtype=torch.bool)
+    for number, count in zip(numbers, COUNTS.tolist(), strict=True):
+        used[number, : count if padding == "clean" else 4] = True
+    for name in tables:
+        assert torch.equal(getattr(model, name).grad.abs().amax((2, 3)) > 0, used), name
 
 
 def test_gates_at_their_start_leave_a_plain_vit():

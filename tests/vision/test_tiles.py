@@ -11,7 +11,7 @@ import torch
 from herdkit.adapters.contract import Preparation
 from herdkit.data.media import Clip, MediaError
 from herdkit.vision.encoder import CLIP_MEAN, CLIP_STD, VisionTransformer, preset
-from herdkit.vision.tiles import ImagePreparation, VideoPreparation, arrange, canvases
+from herdkit.vision.tiles import ImagePreparation, VideoPreparation, arrange, canvas_numbers, canvases
 from PIL import Image
 from transformers.models.mllama.image_processing_mllama import (
     MllamaImageProcessor,
@@ -44,6 +44,13 @@ def test_known_arrangements():
         plan = arrange(height, width, 28, 4)
         assert canvases(4).index((plan.rows, plan.columns)) + 1 == ratio
         assert plan.rows * plan.columns == tiles
+
+
+@pytest.mark.parametrize("max_tiles", [1, 2, 4, 7, 12])
+def test_canvases_are_numbered_as_in_the_release(max_tiles):
+    grids = torch.tensor(get_all_supported_aspect_ratios(max_tiles))
+    order = torch.randperm(len(grids), generator=torch.Generator().manual_seed(0)).view(1, -1)
+    assert torch.equal(canvas_numbers(*grids[order].unbind(-1), max_tiles), order + 1)
 
 
 @pytest.mark.parametrize(("max_tiles", "side"), [(1, 28), (4, 28), (4, 560), (6, 28)])
