@@ -70,16 +70,11 @@ class ZeroShot:
         self._pictures = list(_first(config.classification, config.samples))
         self._labels = [class_of(sample, len(config.classes)) for sample in self._pictures]
 
+    @torch.no_grad()
     def measure(self, model: ContrastiveModel, step: int = 0) -> dict[str, float]:
-        """`top1` and `top5` accuracy, and `image_to_text_R@K`, `text_to_image_R@K` for K of 1, 5, 10; serves as the
-        evaluation hook of a stage."""
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return self._retrieval(model) | self._classification(model)
-        finally:
-            model.train(training)
+        """`top1` and `top5` accuracy, and `image_to_text_R@K`, `text_to_image_R@K` for K of 1, 5, 10, of a model in
+        eval mode; serves as the evaluation hook of a stage, which sets that mode."""
+        return self._retrieval(model) | self._classification(model)
 
     def _retrieval(self, model: ContrastiveModel) -> dict[str, float]:
         if not self._pairs:
