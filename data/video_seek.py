@@ -58,9 +58,9 @@ def on_show(
             context.flush_buffers()
     except FFmpegError:
         # Perhaps not damaged, but no stream that can be entered at its key frames; from its start it will show.
-        left.add(-1)
-    if left:
         context.flush_buffers()
+        return None
+    if left:
         return None
     return [(pictures[stamp], stamp) for stamp, _ in wanted]
 
