@@ -7,7 +7,9 @@ import mllama_models as mllama
 import pytest
 import torch
 from herdkit.adapters import ModelDirectoryError, attach_adapters, compose, load_ports
+from herdkit.adapters.chat import encode_prompts
 from herdkit.cli import main
+from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
 from herdkit.text.model import Transformer
 from herdkit.text.tokenizer import Tokenizer
 from herdkit.vision.encoder import preset
@@ -219,6 +221,48 @@ def test_video_is_grafted_onto_a_loaded_model(released, tmp_path):
     again = herdkit.load(herdkit.save(model, tmp_path / "both"))
     assert again.modalities == ["image", "video"]
     assert_same(our_logits(again, ROWS, IMAGES), images, tolerance=0)
+
+
+def test_speech_is_grafted_onto_a_loaded_model(released, tmp_path):
+    """What was trained on the language model alone hears the same beside the image adapter, which sees the same."""
+    path, _ = released
+    model = herdkit.load(path)
+    images = our_logits(model, ROWS, IMAGES)
+    torch.manual_seed(1)
+    config = SpeechAdapterConfig(
+        conformer=ConformerConfig(dim=24, n_layers=1, n_heads=2, ffn_dim=40), dim=32, ffn_dim=48, n_heads=4,
+        output_scale=1.0,
+    )  # fmt: skip
+    alone = compose(herdkit.load(path, adapters=[]).text, model.tokenizer)
+    alone.attach(SpeechAdapter(config, alone.text.config).eval())
+    attach_adapters(model, herdkit.save(alone, tmp_path / "hearing"))
+    assert model.modalities == ["image", "speech"]
+    assert_same(our_logits(model, ROWS, IMAGES), images, tolerance=0)
+
+    sounds = [0.3 * torch.randn(count, generator=torch.Generator().manual_seed(count)) for count in (9000, 20_000)]
+    heard, other = ({"type": "audio", "audio": sound} for sound in sounds)
+    seen, question = {"type": "image", "image": picture(60, 28, 1)}, {"type": "text", "text": " a red circle "}
+    options = {"max_new_tokens": 8, "stop_ids": ()}
+
+    def answer(model, *parts) -> str:
+        return model.chat([{"role": "user", "content": list(parts)}], **options)
+
+    assert answer(model, heard, question) == answer(alone, heard, question)
+    answers = [answer(model, *parts, question) for parts in ((seen, heard), (seen, other), (heard, seen), (seen,))]
+    assert len(set(answers)) == 4
+    prompts, inputs, tokenizer = encode_prompts(model, [[{"role": "user", "content": [seen, heard, question]}]])
+    row = prompts[0]
+    with torch.no_grad():
+        for _ in range(8):
+            row.append(int(model(torch.tensor([row]), inputs)[0, -1].argmax()))
+    assert tokenizer.decode(row[-8:]) == answers[0]
+
+    again = herdkit.load(herdkit.save(model, tmp_path / "both"))
+    assert again.modalities == ["image", "speech"]
+    assert answer(again, seen, heard, question) == answers[0]
+    assert_same(our_logits(again, ROWS, IMAGES), images, tolerance=0)
+    with pytest.raises(ValueError, match=r"huggingface\.mllama: it holds a language model with our image adapter"):
+        herdkit.save(model, tmp_path / "refused", "huggingface")
 
 
 def test_its_image_adapter_joins_another_finetune_of_the_language_model(released):
