@@ -23,13 +23,19 @@ DIGITS: dict[str, str] = {
 }
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTIONS = """
-    ain't aren't can't couldn't could've didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'd i'm i've
-    isn't it'd it'll ma'am might've mustn't needn't oughtn't she'd she's shouldn't should've somebody's someone's that's
-    there's they'd they'll they're they've wasn't we've weren't what's when's where's who's why's won't wouldn't
-    would've y'all you'd you'll you're you've
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-_WITH_APOSTROPHE = {word.replace("'", ""): word for word in _CONTRACTIONS.split()}
-"""Written without their apostrophes in answers, they count as these."""
+_WITH_APOSTROPHE = {
+    word[: mark.start()] + word[mark.end() :]: word for word in _CONTRACTIONS.split() for mark in re.finditer("'", word)
+} | {"somebody'd": "somebodyd"}
+"""Those of the official evaluation of VQA: written without one of their apostrophes, words count as these. The last one
+is as it is there; those that it has for "I" are left out, since it looks them up in lower case and never finds them."""
 
 
 def exact_match(given: str, answers: Sequence[str]) -> float:
@@ -40,7 +46,7 @@ def exact_match(given: str, answers: Sequence[str]) -> float:
 def vqa_accuracy(given: str, answers: Sequence[str]) -> float:
     """VQAv2 (arXiv 1612.00837): an answer is right to the degree that people gave it, min(matches / 3, 1), averaged
     over the sets that leave out one of them; with a single answer, whether it is that one. Both sides are compared as
-    `vqa_form`."""
+    `vqa_form`, which the official code leaves out where all people said the same, letter for letter."""
     found, people = vqa_form(given), [vqa_form(answer) for answer in answers]
     if len(people) == 1:
         return float(found == people[0])
@@ -52,11 +58,13 @@ def vqa_accuracy(given: str, answers: Sequence[str]) -> float:
 
 
 def vqa_form(answer: str) -> str:
-    """Lower case, without punctuation and articles, numbers up to ten in digits, contractions with apostrophes."""
-    text = " ".join(answer.lower().split())
-    comma_in_number = re.search(r"\d,\d", text) is not None
+    """Lower case, without punctuation and articles, numbers up to ten in digits, contractions with apostrophes, as the
+    official evaluation makes them. A mark becomes a space, or nothing where it stands beside one anywhere in the answer
+    or the answer has a number with a comma."""
+    written = text = " ".join(answer.lower().split())
+    comma_in_number = re.search(r"\d,\d", written) is not None
     for mark in _PUNCTUATION:
-        glued = not (f"{mark} " in text or f" {mark}" in text or comma_in_number)
+        glued = not (f"{mark} " in written or f" {mark}" in written or comma_in_number)
         text = text.replace(mark, " " if glued else "")
     text = re.sub(r"\.(?!\d)", "", text)
     words = [DIGITS.get(word, word) for word in text.split()]
