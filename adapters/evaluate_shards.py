@@ -18,7 +18,8 @@ from ..text.sampling import SamplingOptions
 from .chat import decoder, encode_prompts
 from .compose import ComposedModel
 from .evaluate import Samples, leave_out
-from .metrics import anls, chosen_option, exact_match, multiple_choice, relaxed_accuracy, vqa_accuracy
+from .metrics import anls, exact_match, relaxed_accuracy, vqa_accuracy
+from .multiple_choice import chosen, multiple_choice
 
 Metric = Literal["exact", "vqa", "anls", "relaxed", "choice", "caption"]
 
@@ -215,7 +216,7 @@ def _marked(question: Question, prompt: str, tokens: list[int], given: str, metr
     understood = None
     if metric == "choice":
         score = multiple_choice(given, question.answers, question.options)
-        option = chosen_option(given, question.options)
+        option = chosen(given, question.options)
         understood = None if option is None else question.options[option]
     elif metric == "caption":
         score = sentence_chrf(given, question.answers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Sequence
+from typing import Any
 
 ARTICLES = ("a", "an", "the")
 DIGITS: dict[str, str] = {
@@ -38,9 +38,14 @@ _WITH_APOSTROPHE = {
 is as it is there; those that it has for "I" are left out, since it looks them up in lower case and never finds them."""
 
 
+def plain(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(".")
+
+
 def exact_match(given: str, answers: Sequence[str]) -> float:
-    """1 where the answer is one of these, but for case, white space and a full stop at the end."""
-    return float(any(_plain(given) == _plain(answer) for answer in answers))
+    """1 where the answer is one of these in `plain` form."""
+    return float(any(plain(given) == plain(answer) for answer in answers))
 
 
 def vqa_accuracy(given: str, answers: Sequence[str]) -> float:
@@ -78,16 +83,26 @@ def anls(given: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     Raises:
         ModuleNotFoundError: rapidfuzz, of the extra `evaluation`, is not installed.
     """
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("rapidfuzz is missing: pip install 'herdkit[evaluation]'") from error
+    similarity = levenshtein().normalized_similarity
 
     def form(text: str) -> str:
         return " ".join(text.strip().lower().split())
 
-    nearest = max(Levenshtein.normalized_similarity(form(given), form(answer)) for answer in answers)
+    nearest = max(similarity(form(given), form(answer)) for answer in answers)
     return nearest if nearest >= threshold else 0.0
+
+
+def levenshtein() -> Any:
+    """rapidfuzz's edit distance.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("rapidfuzz is missing: pip install 'herdkit[evaluation]'") from error
+    return Levenshtein
 
 
 def relaxed_accuracy(given: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
@@ -98,76 +113,13 @@ def relaxed_accuracy(given: str, answers: Sequence[str], tolerance: float = 0.05
 def _relaxed(given: str, answer: str, tolerance: float) -> bool:
     found, wanted = number_of(given), number_of(answer)
     if found is None or wanted is None:
-        return _plain(given) == _plain(answer)
+        return plain(given) == plain(answer)
     return found == wanted if wanted == 0 else abs(found - wanted) / abs(wanted) <= tolerance
 
 
 def number_of(text: str) -> float | None:
     """The number that a text is, percent as its hundredth; None where it is none."""
-    text = _plain(text).replace(",", "").removeprefix("$").strip()
+    text = plain(text).replace(",", "").removeprefix("$").strip()
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?%?", text) is None:
         return None
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-
-
-def chosen_option(given: str, options: Sequence[str]) -> int | None:
-    """Which of the options an answer means, or None where it cannot be told: what is not understood is wrong, and never
-    guessed.
-
-    In this order: a letter alone ("B", "(b).", "**B**"); the letter after "answer"; a letter at the start that is
-    followed by a mark ("B) blue"); the one option whose text the answer is; the one whose text stands in it; the one
-    letter that stands in it in brackets or alone as a capital (but "A" and "I", which are words too, only in brackets).
-    """
-    letters = string.ascii_uppercase[: len(options)]
-    text = given.strip().strip("*_`\"' ")
-    alone = re.fullmatch(rf"\(?([{letters}{letters.lower()}])\)?[.:,)]?", text)
-    if alone:
-        return letters.index(alone[1].upper())
-    named = re.findall(rf"answer(?:\s+is)?\s*:?\s*\**\(?([{letters}])\b\)?", text, re.IGNORECASE)
-    if named and len({letter.upper() for letter in named}) == 1:
-        return letters.index(named[0].upper())
-    begun = re.match(rf"\(?([{letters}])[).:]\s", text)
-    if begun:
-        return letters.index(begun[1])
-    same = [i for i, option in enumerate(options) if _plain(option) == _plain(text)]
-    if len(same) == 1:
-        return same[0]
-    plain = [_plain(option) for option in options]
-    within = [i for i, option in enumerate(plain) if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", _plain(text))]
-    # "red" within "dark red" is no mention of its own.
-    longest = [i for i in within if not any(i != j and plain[i] in plain[j] for j in within)]
-    if len(longest) == 1:
-        return longest[0]
-    capitals = "".join(letter for letter in letters if letter not in "AI")
-    found = re.findall(rf"\(([{letters}])\)", text)
-    if not found and capitals:
-        found = re.findall(rf"(?<!\w)([{capitals}])(?!\w)", text)
-    return letters.index(found[0]) if len(set(found)) == 1 else None
-
-
-def multiple_choice(given: str, answers: Sequence[str], options: Sequence[str]) -> float:
-    """Whether the answer means the right option, which is given by its letter or its text.
-
-    Raises:
-        ValueError: the right answer is no option.
-    """
-    wanted = {right_option(answer, options) for answer in answers}
-    return float(chosen_option(given, options) in wanted)
-
-
-def right_option(answer: str, options: Sequence[str]) -> int:
-    """The option that a right answer names by its text or its letter.
-
-    Raises:
-        ValueError: none.
-    """
-    if answer in options:
-        return list(options).index(answer)
-    letter = answer.strip().strip("().").upper()
-    if len(letter) == 1 and letter in string.ascii_uppercase[: len(options)]:
-        return string.ascii_uppercase.index(letter)
-    raise ValueError(f"the right answer {answer!r} is none of the options {list(options)}")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
