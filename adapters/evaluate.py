@@ -11,6 +11,7 @@ from ..data.dialogs import Message, Part, dialog_sample
 from ..data.shards import Sample
 from .chat import reply_batch
 from .compose import ComposedModel
+from .metrics import exact_match
 
 
 class Samples(Protocol):
@@ -40,8 +41,8 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Exact match, but for the case of letters and white space or a full stop around the answer."""
-        return normalise(self.expected) == normalise(self.given)
+        """`metrics.exact_match`."""
+        return bool(exact_match(self.given, [self.expected]))
 
 
 @dataclass
@@ -67,8 +68,15 @@ class Score:
         return 1.96 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.count)
 
 
-def normalise(answer: str) -> str:
-    return " ".join(answer.lower().split()).rstrip(".")
+def size(samples: Samples, limit: int | None) -> int:
+    """How many samples there are, `limit` at most.
+
+    Raises:
+        ValueError: limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+    return len(samples) if limit is None else min(len(samples), limit)
 
 
 def answers(
@@ -92,7 +100,7 @@ def answers(
         progress: called with the number of samples of each batch that is done.
     """
     known = {adapter.part for adapter in model.adapters.values()} | set(without)
-    count = min(len(samples), limit or len(samples))
+    count = size(samples, limit)
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
         dialogs = [dialog_sample(samples[i], known) for i in indices]

@@ -1,5 +1,5 @@
 import pytest
-from herdkit.adapters.evaluate import Answer, leave_out, score, score_by_kind
+from herdkit.adapters.evaluate import Answer, leave_out, score, score_by_kind, size
 from herdkit.data.dialogs import parse_dialog
 
 
@@ -28,3 +28,9 @@ def test_a_question_that_was_only_spoken_stays_a_message_without_its_sound():
     spoken = [{"role": "user", "content": [{"type": "audio", "audio": b"x"}]}]
     (message,) = leave_out(parse_dialog(spoken, "here"), ["audio"])
     assert parse_dialog([message], "again")[0].text == ""
+
+
+def test_no_samples_are_not_all_samples():
+    assert [size(range(5), limit) for limit in (None, 1, 9)] == [5, 1, 5]
+    with pytest.raises(ValueError, match="limit must be at least 1, not 0"):
+        size(range(5), 0)
