@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import html
 import json
 from collections.abc import Sequence
@@ -13,10 +14,14 @@ from typing import Any
 from ..data.command_line import add_command
 from ..data.dialogs import MEDIA_TYPES
 from ..data.shards import ShardReader
-from ..train.files import write_bytes
+from ..train.files import write_json, write_text
+from ..train.journal import Journal
 from ..train.progress import ProgressLine
+from .compose import ComposedModel
 from .dialog_page import STYLE, picture_of
-from .evaluate_shards import METRICS, PROMPTS, Marked, Question, Report, as_lines, as_table, marked_answers, report
+from .evaluate import Samples, size
+from .evaluate_questions import PROMPTS, media_of
+from .evaluate_shards import METRICS, Evaluation, Marked, Report, as_table, report
 
 GALLERY = 200
 """Wrong answers on the page at most."""
@@ -35,16 +40,20 @@ def add_evaluate_command(commands: Any) -> None:
         ],
         details=(
             "Writes answers.jsonl (prompts and token ids included), result.json and wrong.html, a gallery of\n"
-            "answers that are not wholly right. Samples hold in json `messages` that end with the answer, or a\n"
-            "`question`, all right answers in `answers`, choices in `options`, the category in `kind`."
+            "answers that are not wholly right. Stopped at any time, the same command goes on. Samples hold in json\n"
+            "`messages` that end with the answer, or a `question` about their other members, all right answers in\n"
+            "`answers`, the possible ones in `choices`, the category in `kind`."
         ),
-        interrupted="nothing was written",
     )
     add = parser.add_argument
     add("model", type=Path, help="model directory")
     add("shards", help="files, folders, URLs, or patterns: 'data/test-{000..011}.tar'")
     add("--metric", choices=(*METRICS, "choice", "caption"), default="exact", help="(%(default)s)")
-    add("--prompt", default="none", help=f"{', '.join(PROMPTS)}, or a sentence with {{question}} (%(default)s)")
+    add(
+        "--prompt",
+        default="none",
+        help=f"{', '.join(PROMPTS)}, or a sentence with {{question}} and perhaps {{choices}} (%(default)s)",
+    )
     add("--out", type=Path, required=True, metavar="FOLDER", help="for answers, result and gallery")
     add("--without", action="append", default=[], choices=MEDIA_TYPES, help="leave these out, to see what is guessed")
     add("--limit", type=int, metavar="N", help="the first samples only")
@@ -57,48 +66,67 @@ def evaluate(options: argparse.Namespace) -> None:
     from .model_directory import load
 
     template: str = options.prompt
-    prompt = PROMPTS.get(template, template)
-    if "{question}" not in prompt:
-        raise ValueError(f"--prompt: {options.prompt!r} is none of {', '.join(PROMPTS)} and holds no {{question}}")
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    evaluation = Evaluation(
+        metric=options.metric,
+        prompt=PROMPTS.get(template, template),
+        without=options.without,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
     samples = ShardReader(options.shards)
-    model = load(options.model)
-    found: list[tuple[Question, Marked]] = []
-    count = min(len(samples), options.limit or len(samples))
-    with ProgressLine("asking", count) as line:
-        settings = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
-        asked = marked_answers(
-            model, samples, options.metric, prompt=prompt, without=options.without, limit=options.limit, **settings
-        )
-        for pair in asked:
-            found.append(pair)
-            line.update(len(found), "")
-    answers = [answer for _, answer in found]
+    count = size(samples, options.limit)
+    names = hashlib.sha256(json.dumps([samples.name(i) for i in range(count)]).encode()).hexdigest()
+    settings = {"model": str(options.model.resolve()), "shards": options.shards, "limit": options.limit}
+    settings |= asdict(evaluation)
+    journal = Journal(options.out / "answers.jsonl", {**settings, "samples": names})
+    if journal.out.exists():
+        done = journal.read()
+    else:
+        model = load(options.model)
+        check(evaluation, model, samples, count)
+        done = journal.read()
+        with ProgressLine("asking", count, len(done)) as line:
+            for batch in evaluation.batches(model, samples, options.limit, {int(id) for id in done}):
+                new = {answer.id: asdict(answer) for answer in batch if answer.id not in done}
+                journal.append(list(new.values()))
+                done |= new
+                line.update(len(done), "")
+        journal.finish([done[position] for position in range(count)])
+    answers = [Marked(**done[position]) for position in range(count)]
     made = report(answers, options.metric)
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings |= {"model": str(options.model), "shards": options.shards, "prompt": prompt, "without": options.without}
-    result = {**asdict(made), **settings}
-    write_bytes(options.out / "answers.jsonl", as_lines(answers).encode())
-    write_bytes(options.out / "result.json", (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-    write_bytes(options.out / "wrong.html", gallery(found, made).encode())
+    write_json(options.out / "result.json", {**asdict(made), **settings})
+    write_text(options.out / "wrong.html", gallery(answers, made, samples))
     print(as_table(made))
     print(json.dumps({"score": made.mean.score, "interval": made.mean.interval, "count": made.mean.count,
                       "out": str(options.out)}))  # fmt: skip
 
 
-def gallery(found: Sequence[tuple[Question, Marked]], made: Report) -> str:
+def check(evaluation: Evaluation, model: ComposedModel, samples: Samples, count: int) -> None:
+    """Reads every question before the first is asked.
+
+    Raises:
+        ValueError: see `Evaluation.question`.
+    """
+    with ProgressLine("checking", count) as line:
+        for position in range(count):
+            evaluation.question(model, samples[position])
+            line.update(position + 1, "")
+
+
+def gallery(found: Sequence[Marked], made: Report, samples: Samples) -> str:
     """Answers that are not wholly right, the worst first, with what was asked about, as a page without scripts."""
-    wrong = sorted((pair for pair in found if pair[1].score < 1), key=lambda pair: pair[1].score)
+    wrong = sorted((answer for answer in found if answer.score < 1), key=lambda answer: answer.score)
     sections = []
-    for question, answer in wrong[:GALLERY]:
-        pictures = "".join(f"<figure>{picture_of(part)}</figure>" for part in question.media)
+    for answer in wrong[:GALLERY]:
+        pictures = "".join(f"<figure>{picture_of(part)}</figure>" for part in media_of(samples[answer.id]))
         right = " · ".join(dict.fromkeys(answer.answers))
-        told = f" <small>taken for {answer.understood!r}</small>" if answer.options else ""
+        told = ""
+        if made.metric == "choice":
+            meant = "could not be told" if answer.understood is None else f"taken for {answer.understood}"
+            told = f" <small>{html.escape(meant)}</small>"
         sections.append(
             f"<h2>{html.escape(answer.key)}<small>{html.escape(answer.kind)} {100 * answer.score:.0f}%</small></h2>"
-            f"{pictures}<div class='message user'>{html.escape(question.prompt[-1].text)}</div>"
+            f"{pictures}<div class='message user'>{html.escape(answer.question)}</div>"
             f"<div class='message assistant'>{html.escape(answer.given) or '(nothing)'}{told}</div>"
             f"<p>right: {html.escape(right)}</p>"
         )

@@ -3,23 +3,21 @@ and by category, and everything that was asked and answered, token for token."""
 
 from __future__ import annotations
 
-import json
 import math
-import string
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..data.dialogs import MEDIA_TYPES, Message, Part, dialog_sample
 from ..data.shards import Sample
 from ..text.generate import generate
 from ..text.sampling import SamplingOptions
 from .chat import decoder, encode_prompts
 from .compose import ComposedModel
-from .evaluate import Samples, leave_out
-from .metrics import anls, exact_match, relaxed_accuracy, vqa_accuracy
-from .multiple_choice import chosen, multiple_choice
+from .evaluate import Samples, leave_out, size
+from .evaluate_questions import Question, check_prompt, place, question_of
+from .metrics import anls, exact_match, levenshtein, relaxed_accuracy, vqa_accuracy
+from .multiple_choice import chosen, multiple_choice, right_choice
 
 Metric = Literal["exact", "vqa", "anls", "relaxed", "choice", "caption"]
 
@@ -30,52 +28,28 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "relaxed": relaxed_accuracy,
 }
 
-PROMPTS = {
-    "none": "{question}",
-    "choice": (
-        "Select the correct answer from the following options: {question} {options}. "
-        "Answer with the correct option letter and nothing else."
-    ),
-    "short": "Answer the question using a single word or phrase. {question}.",
-}
-"""How a question is put to the model; "choice" and "short" as in section 7.7 of the paper, where `{question}` holds the
-options too."""
-
-
-@dataclass
-class Question:
-    """
-    Args:
-        key: of the sample, kind: its category ("" where the sample has none).
-        prompt: the dialog up to the answer.
-        answers: all that count as right, at least one.
-        options: to choose from; empty where there are none.
-        media: the parts that are not text, for looking at.
-    """
-
-    key: str
-    kind: str
-    prompt: list[Message]
-    answers: list[str]
-    options: list[str]
-    media: list[Part]
-
 
 @dataclass
 class Marked:
     """An answer with its score.
 
     Args:
+        id: position of the sample in the set.
+        key: of the sample. kind: its category ("" where it has none).
+        question: the text of the last message that was asked.
         prompt, tokens: what the model was given, special tokens by name, and the ids.
-        understood: of multiple choice, the option that the answer was taken for, None where it could not be told.
+        answers: all that count as right. choices: the possible ones, where the sample says.
+        understood: of multiple choice, the choice that the answer was taken for, None where it could not be told.
     """
 
+    id: int
     key: str
     kind: str
+    question: str
     prompt: str
     tokens: list[int]
     answers: list[str]
-    options: list[str]
+    choices: list[str]
     given: str
     score: float
     understood: str | None = None
@@ -114,117 +88,107 @@ class Report:
     captions: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def question_of(sample: Sample, known: Collection[str], prompt: str) -> Question:
-    """The question of a sample: of its member `json` the `messages`, a dialog that ends with the right answer, or a
-    `question` about the sample's image, video or audio. `answers` there holds all right ones (`answer` a single one),
-    `options` those to choose from, `kind` the category.
+@dataclass(kw_only=True)
+class Evaluation:
+    """How questions are put and answers are scored.
 
     Args:
-        known: part types that dialogs may hold.
-        prompt: a template with `{question}`, and `{options}` where there are some.
-
-    Raises:
-        ValueError: something is missing or of another kind; names the sample.
-    """
-    where = f"{sample.shard}: sample {sample.key}"
-    content = sample.json()
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: its member json is no object")
-    options = [str(option) for option in content.get("options", ())]
-    answers = content.get("answers", [content["answer"]] if "answer" in content else [])
-    if "messages" in content:
-        messages = dialog_sample(sample, known)
-        if len(messages) < 2 or messages[-1].role != "assistant" or messages[-2].role != "user":
-            raise ValueError(f"{where}: the dialog must end with a question and its answer")
-        answers = answers or [messages[-1].text]
-        asked = messages[:-1]
-        parts = [part for part in asked[-1].parts if part.type != "text"]
-        asked[-1] = Message("user", [*parts, _worded(prompt, asked[-1].text, options)])
-    elif isinstance(content.get("question"), str):
-        media = [Part(kind, media=sample.members[name]) for kind in MEDIA_TYPES for name in _members(sample, kind)]
-        asked = [Message("user", [*media, _worded(prompt, content["question"], options)])]
-    else:
-        raise ValueError(f"{where}: its member json has neither messages nor a question")
-    if not isinstance(answers, list) or not answers:
-        raise ValueError(f"{where}: no right answer; give answers, answer, or a dialog that ends with it")
-    media = [part for message in asked for part in message.media]
-    return Question(sample.key, str(content.get("kind", "")), asked, [str(a) for a in answers], options, media)
-
-
-_EXTENSIONS = {
-    "image": ("png", "jpg", "jpeg", "webp"),
-    "video": ("mp4", "webm", "mkv", "avi"),
-    "audio": ("flac", "wav", "ogg", "mp3"),
-}
-
-
-def _members(sample: Sample, kind: str) -> list[str]:
-    return [name for name in sorted(sample.members) if name.rpartition(".")[2] in _EXTENSIONS[kind]]
-
-
-def _worded(prompt: str, question: str, options: Sequence[str]) -> Part:
-    listed = " ".join(f"({letter}) {text}" for letter, text in zip(string.ascii_uppercase, options, strict=False))
-    text = prompt.replace("{question}", question.strip())
-    if options and "{options}" not in prompt:
-        text += f" {listed}"
-    return Part("text", text=text.replace("{options}", listed).replace("?.", "?").replace("..", ".").strip())
-
-
-def marked_answers(
-    model: ComposedModel,
-    samples: Samples,
-    metric: Metric,
-    *,
-    prompt: str = "{question}",
-    without: Collection[str] = (),
-    batch_size: int = 16,
-    max_new_tokens: int = 64,
-    limit: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Question, Marked]]:
-    """The model's greedy answers to the questions of samples, and their scores.
-
-    Args:
-        prompt: see `question_of`.
+        metric: the rule.
+        prompt: see `evaluate_questions.worded`.
         without: part types that are left out of the questions, to see what can be guessed without them.
-        batch_size: questions decoded together.
-        limit: only so many samples, the first ones.
-        progress: called with the number of samples of each batch that is done.
+        batch_size: questions decoded together. max_new_tokens: of an answer.
 
     Raises:
-        ValueError: see `question_of`; a question of multiple choice has no options.
+        ValueError: what is not possible. ModuleNotFoundError: the metric needs a package that is not installed.
     """
-    known = {adapter.part for adapter in model.adapters.values()} | set(without)
-    count = min(len(samples), limit or len(samples))
-    for start in range(0, count, batch_size):
-        chosen = [samples[i] for i in range(start, min(start + batch_size, count))]
-        questions = [question_of(sample, known or MEDIA_TYPES, prompt) for sample in chosen]
-        for sample, question in zip(chosen, questions, strict=True):
-            if metric == "choice" and not question.options:
-                raise ValueError(f"{sample.shard}: sample {sample.key} has no options to choose from")
-        prompts, inputs, tokenizer = encode_prompts(model, [leave_out(q.prompt, without) for q in questions])
-        sampling = SamplingOptions(stop_ids=tokenizer.stop_ids, max_new_tokens=max_new_tokens)
+
+    metric: Metric = "exact"
+    prompt: str = "{question}"
+    without: Sequence[str] = ()
+    batch_size: int = 16
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt)
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.metric == "anls":
+            levenshtein()
+        if self.metric == "caption":
+            _sacrebleu()
+
+    def question(self, model: ComposedModel, sample: Sample) -> Question:
+        """
+        Raises:
+            ValueError: see `question_of`; a question of multiple choice has no choices, or its right answer is none of
+                them.
+        """
+        known = {adapter.part for adapter in model.adapters.values()} | set(self.without)
+        question = question_of(sample, known, self.prompt)
+        if self.metric == "choice":
+            if not question.choices:
+                raise ValueError(f"{place(sample)} has no choices")
+            for answer in question.answers:
+                try:
+                    right_choice(answer, question.choices)
+                except ValueError as error:
+                    raise ValueError(f"{place(sample)}: {error}") from None
+        return question
+
+    def batches(
+        self, model: ComposedModel, samples: Samples, limit: int | None = None, done: Collection[int] = ()
+    ) -> Iterator[list[Marked]]:
+        """The model's greedy answers to the questions of samples, with their scores.
+
+        Args:
+            limit: only so many samples, the first ones.
+            done: positions of samples that have been asked. A batch without any other is left out, one with some others
+                is asked again as a whole: the last digits of a row depend on those beside it.
+
+        Raises:
+            ValueError: see `question`.
+        """
+        count = size(samples, limit)
+        for start in range(0, count, self.batch_size):
+            positions = range(start, min(start + self.batch_size, count))
+            if not all(position in done for position in positions):
+                yield self._batch(model, {position: samples[position] for position in positions})
+
+    def _batch(self, model: ComposedModel, samples: dict[int, Sample]) -> list[Marked]:
+        questions = [self.question(model, sample) for sample in samples.values()]
+        prompts, inputs, tokenizer = encode_prompts(model, [leave_out(q.prompt, self.without) for q in questions])
+        sampling = SamplingOptions(stop_ids=tokenizer.stop_ids, max_new_tokens=self.max_new_tokens)
         rows = generate(model.text, prompts, sampling, tokenizer=tokenizer, forward=decoder(model, inputs))
-        for question, tokens, row in zip(questions, prompts, rows, strict=True):
-            text = tokenizer.decode(tokens, keep_special=True)
-            yield question, _marked(question, text, tokens, row.text(tokenizer).strip(), metric)
-        if progress is not None:
-            progress(len(chosen))
+        marked = []
+        for (position, sample), question, tokens, row in zip(samples.items(), questions, prompts, rows, strict=True):
+            given = row.text(tokenizer).strip()
+            score, understood = self._score(given, question)
+            marked.append(
+                Marked(
+                    id=position,
+                    key=sample.key,
+                    kind=question.kind,
+                    question=question.prompt[-1].text,
+                    prompt=tokenizer.decode(tokens, keep_special=True),
+                    tokens=tokens,
+                    answers=question.answers,
+                    choices=question.choices,
+                    given=given,
+                    score=score,
+                    understood=understood,
+                )
+            )
+        return marked
 
-
-def _marked(question: Question, prompt: str, tokens: list[int], given: str, metric: Metric) -> Marked:
-    understood = None
-    if metric == "choice":
-        score = multiple_choice(given, question.answers, question.options)
-        option = chosen(given, question.options)
-        understood = None if option is None else question.options[option]
-    elif metric == "caption":
-        score = sentence_chrf(given, question.answers)
-    else:
-        score = METRICS[metric](given, question.answers)
-    return Marked(
-        question.key, question.kind, prompt, tokens, question.answers, question.options, given, score, understood
-    )
+    def _score(self, given: str, question: Question) -> tuple[float, str | None]:
+        if self.metric == "choice":
+            choice = chosen(given, question.choices)
+            score = multiple_choice(given, question.answers, question.choices)
+            return score, None if choice is None else question.choices[choice]
+        if self.metric == "caption":
+            return sentence_chrf(given, question.answers), None
+        return METRICS[self.metric](given, question.answers), None
 
 
 def report(found: Sequence[Marked], metric: Metric) -> Report:
@@ -269,11 +233,6 @@ def caption_scores(given: Sequence[str], answers: Sequence[Sequence[str]]) -> di
         score = kind(references=references).corpus_score(list(given), None, n_bootstrap=1000)
         found[name] = (score.score, score._ci)
     return found
-
-
-def as_lines(found: Sequence[Marked]) -> str:
-    """A line of JSON for each answer."""
-    return "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in found)
 
 
 def as_table(made: Report) -> str:
