@@ -106,7 +106,7 @@ def planned(case: str) -> list[int]:
     """Of every process of the pipeline."""
     processes, micro_batches, layout = CASES[case]
     config = ParallelConfig(**layout)
-    load = Load(row_length=LENGTH, rows=ROWS, micro_batches=micro_batches, width=4, compiled=False)
+    load = Load(row_length=LENGTH, rows=ROWS, micro_batches=micro_batches, width=4)
     laid_out = lay_out(config, processes)
     found = []
     for place, share in shares(CONFIG, config, laid_out).items():

@@ -149,6 +149,7 @@ def _degrees(config: TransformerConfig, devices: int, device: Accelerator) -> It
             for pipeline in _divisors(left, config.n_layers + 2):
                 data = left // pipeline
                 for shard in sorted({data, *(_divisors(data, most)[-1] for most in (8, 64, 512))}):
+                    # What is planned is bfloat16 (see `plan_rows`), which weights can be gathered in.
                     yield ParallelConfig(
                         tensor=tensor,
                         context=context,

@@ -2,7 +2,7 @@
 
 A micro-batch takes the time of its matrix products, of attention, of what only moves memory, and of the collectives of
 tensor and context parallel, none of which is hidden. FSDP's collectives are hidden as far as the passes beside them
-last; between stages only what fills the pipeline is waited for (asynchronous sends, section 3.3.2).
+last, and slow them down; between stages only what fills the pipeline is waited for (asynchronous sends, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..train.hardware import MEMORY_SHARE, Accelerator, Group, Transfer, gather, send, together
+from ..train.hardware import COLLECTIVE_SHARE, MEMORY_SHARE, Accelerator, Group, Transfer, gather, send, together
 from ..train.layout import Layout, ParallelConfig, run_length
 from .model import TransformerConfig
 from .parallel import Share, layer_weights
-from .plan_memory import Load
+from .plan_memory import Load, stored_width
 
 LOGIT_BYTES = 24
 """Moved for one logit in a step, forward and backward: made, normalised in float32, turned into its gradient, used."""
 
 GRADIENT_BYTES = 10
 """Moved for one gathered weight in a micro-batch: its gradient read and added in float32."""
+
+CAST_BYTES = 12
+"""Moved for one weight in a micro-batch where autocast rounds it: read and written, and its gradient likewise."""
 
 STATE_BYTES = 30
 """Moved for one parameter by AdamW: weight, gradient and moments read, all but the gradient written, and a copy."""
@@ -101,7 +104,7 @@ def step_time(
     exposed, traffic = max(sharded, key=lambda found: found[0])
     between = Transfer()
     if layout.pipeline > 1:
-        size = load.positions(layout) * config.dim * load.width / layout.tensor
+        size = load.positions(layout) * config.dim * stored_width(parallel, load.width) / layout.tensor
         between = send(device, layout.neighbours(device.per_server, "pipeline") == layout.pipeline, size)
     filling = (layout.pipeline - 1) * (work.seconds / parallel.chunks + 2 * between.seconds)
     late = count * max(0.0, 2 * parallel.chunks * between.seconds - work.seconds)
@@ -143,9 +146,13 @@ def _pass(
     # Fused attention makes its scores again in the backward pass: five products for the two of the forward pass.
     scores = 4 * layers * D * (load.row_length / 2) * (1 + 2.5 + full)
 
-    # Both norms with the sums before them, the rotation of queries and keys, the gate; backward it is twice as much.
-    moved = layers * (10 * D + 2 * kv + 3 * F) * width * (3 if parallel.recompute == "none" else 4)
-    moved += share.output * config.vocab_size * LOGIT_BYTES
+    stream = stored_width(parallel, width)
+    moved = layers * moved_bytes(config, parallel, width) + share.output * config.vocab_size * LOGIT_BYTES
+    weights = (GRADIENT_BYTES + (CAST_BYTES if stream != width else 0)) * share.gathered
+    if layout.storage > 1:
+        # What has been gathered is copied to where the weights are.
+        gatherings = (1 + parallel.reshard) / (1 if parallel.reshard else run_length(parallel, load.micro_batches))
+        weights += 2 * stream * gatherings * share.gathered
     bandwidth = device.memory_bandwidth * MEMORY_SHARE
 
     # Each layer gathers its input twice and scatters its output twice, and the other way round in the backward pass.
@@ -158,10 +165,34 @@ def _pass(
     return _Pass(
         matmul=max(multiplying, 3 * width * share.gathered / bandwidth),
         attention=positions * scores / layout.tensor / (device.peak_flops * device.attention),
-        memory=(positions * moved / layout.tensor + GRADIENT_BYTES * share.gathered) / bandwidth,
-        tensor=gather(device, tensor, positions * D * width).times(collectives),
+        memory=(positions * moved / layout.tensor + weights) / bandwidth,
+        # What is gathered has the width of the stream, what is scattered that of the products.
+        tensor=gather(device, tensor, positions * D * (stream + width) / 2).times(collectives),
         context=together(rounds).times(layers),
     )
+
+
+def moved_bytes(config: TransformerConfig, parallel: ParallelConfig, width: int) -> int:
+    """Bytes that one position of a layer moves in a step beside its products, shared evenly by `tensor`: by the two
+    norms and the sums before them, the rotation of queries and keys (in float32), and the gate; backward also by the
+    sums of what flows into the inputs of products. A compiler leaves one pass over memory of each, and twice that
+    backward."""
+    D, F, kv = config.dim, config.ffn_dim, config.n_kv_heads * config.head_dim
+    stream = stored_width(parallel, width)
+    if parallel.compile != "none":
+        forward = (4 * stream + 6 * width) * D + 2 * width * kv + 3 * width * F
+        backward = 2 * forward
+    else:
+        cast = 5 * (stream + width) * D if stream != width else 0
+        rotation = (2 * width + 16) * (D + kv)
+        forward = (8 * stream + 2 * width) * D + cast + rotation + 5 * width * F
+        backward = 25 * stream * D + cast + rotation + 9 * width * F
+    return backward + forward * (1 if parallel.recompute == "none" else 2)
+
+
+def _added(collectives: float, passes: float) -> float:
+    """Seconds that collectives add to the passes beside them."""
+    return max(COLLECTIVE_SHARE * collectives, collectives - passes)
 
 
 def _sharding(
@@ -183,15 +214,16 @@ def _sharding(
     run = run_length(parallel, load.micro_batches)
     runs = math.ceil(load.micro_batches / run)
 
-    weights = gather(device, group, share.gathered * load.width)
+    width = stored_width(parallel, load.width)
+    weights = gather(device, group, share.gathered * width)
     reduced = gather(device, group, share.gathered * 4)
     averaged = gather(device, replicas, share.gathered * 4 / layout.storage).times(2)
     backward = together([reduced, averaged, weights if parallel.reshard else Transfer()])
     forward_share = 1 / 4 if parallel.recompute == "full" else 1 / 3
     beside = run * seconds
     gathered = runs if parallel.reshard else 1
-    exposed = gathered * max(0.0, weights.seconds - forward_share * beside)
-    exposed += runs * max(0.0, backward.seconds - (1 - forward_share) * beside)
+    exposed = gathered * _added(weights.seconds, forward_share * beside)
+    exposed += runs * _added(backward.seconds, (1 - forward_share) * beside)
     # Nothing runs beside the first gathering and the last reduction.
-    exposed += gather(device, group, share.unit * load.width).seconds + gather(device, group, share.unit * 4).seconds
+    exposed += gather(device, group, share.unit * width).seconds + gather(device, group, share.unit * 4).seconds
     return exposed, together([weights.times(gathered), backward.times(runs)])

