@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..train.files import write_json
+from ..train.files import copy_tree, write_json
 from ..train.parallel import device, on_first
 from ..train.recipe import Stage
 from .held_out import HeldOut, HeldOutConfig
@@ -149,7 +148,7 @@ def _at_length(recipe: LongContextRecipe) -> HeldOutConfig:
 
 def _copy(model: Path, to: Path) -> None:
     with writing(to) as fresh:
-        shutil.copytree(model, fresh, dirs_exist_ok=True)
+        copy_tree(model, fresh)
 
 
 class _Check:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..train import parallel
+from ..train.files import sync
 from .interchange.directory_weights import StoredWeights, TrainedWeights
 from .interchange.huggingface import open_huggingface, save_huggingface
 from .interchange.meta import PARAMS, open_meta, save_meta
@@ -208,9 +209,11 @@ def _begin(path: Path) -> str:
 
 
 def _take_place(path: Path, work: Path) -> None:
+    sync(work / "new")
     if path.exists():
         path.rename(work / "old")
     (work / "new").rename(path)
+    sync(path.parent)
 
 
 def write_config(path: Path, content: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)
+
+
+def copy_tree(source: Path, to: Path) -> None:
+    """Copies what is in a directory into another one, so that it is durable; not at once: what fails half way leaves
+    what it has copied."""
+    to.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            copy_tree(path, to / path.name)
+        else:
+            sync(Path(shutil.copy2(path, to / path.name)))
+    sync(to)
 
 
 def drop_lines_after(path: Path, step: int) -> None:
