@@ -19,6 +19,7 @@ from ..text.model_directory import (
     find_layout,
     load_model,
     load_part,
+    open_text,
     read_config,
     save_part,
     save_text,
@@ -26,6 +27,7 @@ from ..text.model_directory import (
     writing,
 )
 from ..text.tokenizer import Tokenizer
+from ..text.weights import HeldWeights
 from .batching import Port
 from .compose import ComposedModel
 from .contract import Adapter
@@ -146,30 +148,12 @@ def attach_adapters(
 def _require_same_language_model(
     model: ComposedModel, path: Path, donor: ComposedModel | None, other_weights: bool
 ) -> None:
-    weights = {}
-    if donor is None and other_weights and find_layout(path)[0] == "herdkit":
-        config = dataclass_from_dict(TransformerConfig, read_config(path)["text"], "text.")
-        tokenizer = _tokenizer_of(path)
-    else:
-        if donor is not None:
-            text, tokenizer = donor.text, donor.tokenizer
-        else:
-            text, tokenizer = load_model(path, model.text.tok_embeddings.weight.dtype)
-        config = text.config
-        if not other_weights:
-            weights = text.state_dict()
-    ours = model.text.state_dict()
-    if config != model.text.config or any(not torch.equal(ours[name].cpu(), weights[name]) for name in weights):
+    stored, tokenizer = open_text(path) if donor is None else (HeldWeights.of(donor.text), donor.tokenizer)
+    own = HeldWeights.of(model.text)
+    if not (own.config == stored.config if other_weights else own.equal(stored)):
         raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
     if tokenizer is not None and model.tokenizer is not None and not tokenizer.same_tokens(model.tokenizer):
         raise ModelDirectoryError(f"{path}: its adapters were trained with other tokens than those of this model")
-
-
-def _tokenizer_of(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.load(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise ModelDirectoryError(f"{path}: no tokenizer can be read: {error}") from error
 
 
 def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
@@ -185,7 +169,10 @@ def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
             raise ModelDirectoryError(f"{path}: no tokenizer can be read: there is none")
         return model.tokenizer, [Port.of(adapter) for adapter in model.adapters.values()]
     layout, path = find_layout(Path(path))
-    tokenizer = _tokenizer_of(path)
+    try:
+        tokenizer = Tokenizer.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ModelDirectoryError(f"{path}: no tokenizer can be read: {error}") from error
     if layout != "herdkit":
         return tokenizer, []
     config = read_config(path)

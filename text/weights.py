@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..train.portions import Portion
 from .model import Transformer, TransformerConfig, init_weight
@@ -31,6 +32,38 @@ class Weights(ABC):
         """The model without memory, on the meta device."""
         with torch.device("meta"):
             return Transformer(self.config)
+
+    def equal(self, other: Weights) -> bool:
+        """Whether another model has the same sizes and, in the precision of this one, the same numbers; one tensor of
+        each is in memory at a time."""
+        return self.config == other.config and all(
+            torch.equal(self._whole(name, parameter), other._whole(name, parameter))
+            for name, parameter in self.outline().named_parameters()
+        )
+
+    def _whole(self, name: str, outline: Tensor) -> Tensor:
+        whole = torch.empty_like(outline, device="cpu").detach()
+        self.read({name: Portion(whole, tuple(slice(0, size) for size in whole.shape))})
+        return whole
+
+
+@dataclass(frozen=True)
+class HeldWeights(Weights):
+    """Those of a model that this process has in memory."""
+
+    model: Transformer
+
+    @classmethod
+    def of(cls, model: Transformer) -> HeldWeights:
+        return cls(model.config, model)
+
+    def read(self, into: Mapping[str, Portion]) -> None:
+        whole = dict(self.model.named_parameters())
+        for name, portion in into.items():
+            portion.tensor.copy_(whole[name].detach()[portion.region])
+
+    def outline(self) -> Transformer:
+        return super().outline().to(self.model.tok_embeddings.weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,8 @@ class StoredTensors:
         faults = list(self.faults)
         first: dict[tuple, str] = {}
         for file, group in self._sound.items():
+            if into is not None and into.keys().isdisjoint(piece.target for piece in group):
+                continue
             with open_tensors(file) as opened:
                 for piece in group:
                     if into is None:
