@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..text.presets import VOCAB_SIZE
-from .encoder import Block
+from .encoder import Block, Sequences
 from .packed import Encoder
 
 Negatives = Literal["local", "global"]
@@ -90,8 +90,9 @@ class TextTower(nn.Module):
         causal = self.config.attention == "causal"
         mask = steps[:, None] >= steps if causal else real[:, None, None]
         x = (self.token_embedding(tokens) + self.position_embedding[:T]).flatten(0, 1)
+        sequences = Sequences([(N, T)], mask)
         for layer in self.layers:
-            x = layer(x, [(N, T)], mask)
+            x = layer(x, sequences)
         x = x.view(N, T, -1)
         if causal:
             return self.norm(x[torch.arange(N, device=x.device), lengths - 1])
