@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -27,12 +27,14 @@ from ..text.objective import token_loss
 from ..text.parallel import Stage, require_fits, stages
 from ..text.rows import even_rows
 from ..text.stages import cut, rows_handed
+from ..text.weights import Weights
 from ..train import parallel
 from ..train.layout import Layout, LayoutError
 from ..train.objective import Objective, Outcome
 from ..train.pipeline import Pipeline, StageModule
 from ..train.place import Place
-from ..train.sharding import shard_block, whole_tensors
+from ..train.portions import SharedTensors, WholeTensors, portions
+from ..train.sharding import shard_block
 from .batching import Batch
 from .compose import ComposedModel
 from .contract import Contribution, InterleavedLayer, ModalityBatch, Placements
@@ -46,23 +48,38 @@ class DistributedComposition:
     Args:
         model: its parameters; where there is no pipeline, what runs.
         pipeline: where layers are on several processes, what runs them with `next_token`.
+        place: this process's.
+        names: of the tensors of the language model, "text", and of each adapter by modality, in their order.
     """
 
     model: ComposedModel
     pipeline: Pipeline | None
+    place: Place
+    names: Mapping[str, Sequence[str]]
 
     def objective(self, objective: Objective) -> Objective:
         """`next_token` for the positions that this process has of a batch of whole rows; others as they are, which is
         right where processes share the storage of weights alone."""
         return _of_own_positions if objective is next_token else objective
 
+    def tensors(self) -> dict[str, WholeTensors]:
+        """All of them, for files, by part: "text" and the modalities. All processes call it."""
+        return {
+            name: SharedTensors(getattr(self.model, name).state_dict(), self.place, names)
+            for name, names in self.names.items()
+        }
+
 
 @contextmanager
-def distributed_composition(model: ComposedModel, place: Place, row_length: int) -> Iterator[DistributedComposition]:
-    """Shares a composed model out among the processes of a layout, each of which has it whole and with the same
-    weights. Afterwards each has it whole again, with the weights as they have become.
+def distributed_composition(
+    model: ComposedModel, weights: Weights, place: Place, row_length: int
+) -> Iterator[DistributedComposition]:
+    """Meanwhile a composed model is shared out among the processes of a layout. None of them ever has memory for more
+    of the language model than its part and one tensor. Adapters all of them have whole before, with the same weights.
 
     Args:
+        model: its language model may be on the meta device. Afterwards it is of no use.
+        weights: of the language model.
         row_length: of the longest rows; others are multiples of `herdkit.text.parallel.row_unit`.
 
     Raises:
@@ -71,28 +88,40 @@ def distributed_composition(model: ComposedModel, place: Place, row_length: int)
     """
     require_adapters_fit(model, place.layout)
     _require_possible(place)
+    names = {name: list(part.state_dict()) for name, part in (("text", model.text), *model.adapters.items())}
     if place.replicas_alone:
-        yield DistributedComposition(model, None)
+        if model.text.tok_embeddings.weight.is_meta:
+            _read(weights, model.text, [model.text])
+        yield DistributedComposition(model, None, place, names)
         return
     require_fits(model.text.config, place.layout, row_length)
-    whole = dict(model.named_parameters())
+    text = _outlined(model.text, weights)
     with _own_layers(model, place):
-        text = _another(model.text)
         part = ComposedPart(model, text, place)
-        pipeline = distribute(text, place) if place.layout.pipeline == 1 else _pipeline_of(model, text, place)
-        yield DistributedComposition(part, pipeline)
-        for name, tensor in whole_tensors(part, place):
-            whole[name].data.copy_(tensor)
+        if place.layout.pipeline == 1:
+            pipeline = distribute(text, place)
+            _read(weights, text, [text])
+        else:
+            parts = cut(text, place)
+            pipeline = _pipeline_of(model, text, parts, place)
+            _read(weights, text, parts.values())
+        yield DistributedComposition(part, pipeline, place, names)
 
 
-def _another(text: Transformer) -> Transformer:
-    """A model with the same parameters, which may be shared out while `text` keeps them whole."""
-    with torch.device("meta"):
-        other = Transformer(text.config)
-    other.load_state_dict(text.state_dict(), assign=True)
-    for name, parameter in other.named_parameters():
+def _outlined(text: Transformer, weights: Weights) -> Transformer:
+    """The model without memory, of which the same is frozen."""
+    outline = weights.outline()
+    for name, parameter in outline.named_parameters():
         parameter.requires_grad_(text.get_parameter(name).requires_grad)
-    return other
+    return outline.train(text.training)
+
+
+def _read(weights: Weights, text: Transformer, modules: Iterable[Transformer]) -> None:
+    """Reads what this process keeps of the language model, `text`, whose tensors are in `modules`."""
+    for module in modules:
+        module.to_empty(device=parallel.device())
+    kept = portions(dict(text.named_parameters()))
+    parallel.on_each(lambda: weights.read(kept))
 
 
 def require_adapters_fit(model: ComposedModel, layout: Layout) -> None:
@@ -217,9 +246,9 @@ def _as_long_as_others(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, int(length) - x.shape[1])).contiguous()
 
 
-def _pipeline_of(model: ComposedModel, text: Transformer, place: Place) -> Pipeline:
+def _pipeline_of(model: ComposedModel, text: Transformer, parts: Mapping[int, Transformer], place: Place) -> Pipeline:
     everything, modules = stages(text.config, place.config), {}
-    for i, part in cut(text, place).items():
+    for i, part in parts.items():
         divide(part, part, place, embeds=i == 0)
         modules[i] = StageModule(ComposedPart(model, part, place, everything[i]), _run)
     handed = rows_handed(text, place)

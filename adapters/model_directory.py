@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..text.interchange.directory_weights import write
 from ..text.model import TransformerConfig
 from ..text.model_directory import (
     Layout,
@@ -21,13 +22,14 @@ from ..text.model_directory import (
     load_part,
     open_text,
     read_config,
-    save_part,
     save_text,
     write_config,
     writing,
 )
 from ..text.tokenizer import Tokenizer
-from ..text.weights import HeldWeights
+from ..text.weights import HeldWeights, Weights
+from ..train.parallel import rank
+from ..train.portions import WholeTensors
 from .batching import Port
 from .compose import ComposedModel
 from .contract import Adapter
@@ -42,6 +44,7 @@ def save(
     *,
     max_shard_bytes: int = 5_000_000_000,
     model_parallel: int = 1,
+    shared: Mapping[str, WholeTensors] | None = None,
 ) -> Path:
     """Writes a model directory, whole or not at all.
 
@@ -49,6 +52,8 @@ def save(
         layout: ours, or one of others, "huggingface" and "meta": for language models alone, and for those with the
             adapters that `herdkit.adapters.layouts` knows to write (an image adapter: Llama 3.2 Vision).
         max_shard_bytes, model_parallel: of those, see `herdkit.text.model_directory.save_text`.
+        shared: in our layout, the tensors of "text" and of each adapter by modality, where several processes share
+            them, who then all call it; `model` tells what else there is to write, and its own tensors are left alone.
 
     Raises:
         ValueError: an unknown layout, or one that has no place for this model; or our layout, and the model has no
@@ -65,14 +70,16 @@ def save(
         return Path(path)
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; give one to compose(..., tokenizer=...) before saving")
-    with writing(path) as fresh:
-        save_part(model.text, fresh / "text.safetensors")
-        model.tokenizer.save(fresh / "tokenizer.json")
-        adapters = {}
-        for name, adapter in model.adapters.items():
-            save_part(adapter, fresh / f"{name}.safetensors")
-            adapters[name] = {"type": adapter.kind, "config": dataclasses.asdict(adapter.config)}
-        write_config(fresh, {"text": dataclasses.asdict(model.text.config), "adapters": adapters})
+    parts = {"text": model.text, **model.adapters}
+    tensors = shared or {name: WholeTensors(part.state_dict()) for name, part in parts.items()}
+    with writing(path, together=shared is not None) as fresh:
+        for name in parts:
+            write(tensors[name], fresh / f"{name}.safetensors")
+        if shared is None or rank() == 0:
+            model.tokenizer.save(fresh / "tokenizer.json")
+            configs = {name: dataclasses.asdict(adapter.config) for name, adapter in model.adapters.items()}
+            adapters = {n: {"type": adapter.kind, "config": configs[n]} for n, adapter in model.adapters.items()}
+            write_config(fresh, {"text": dataclasses.asdict(model.text.config), "adapters": adapters})
     return Path(path)
 
 
@@ -106,12 +113,30 @@ def load(
     return model.eval()
 
 
+def open_model(path: str | os.PathLike) -> tuple[ComposedModel, Weights]:
+    """The model of a directory with its language model on the meta device, and the weights of that, to be read by what
+    shares them out; adapters as by `load`, in float32.
+
+    Raises:
+        ModelDirectoryError: as `load`, but for what is wrong with the language model's weights: reading them says it.
+    """
+    path = Path(path)
+    if layout_of(path) is not None:
+        model = load(path, dtype=torch.float32)
+        return model, HeldWeights.of(model.text)
+    weights, tokenizer = open_text(path)
+    model = ComposedModel(weights.outline(), tokenizer)
+    _attach(model, path, None)
+    return model.eval(), weights
+
+
 def attach_adapters(
     model: ComposedModel,
     path: str | os.PathLike,
     adapters: Sequence[str] | None = None,
     *,
     other_weights: bool = False,
+    weights: Weights | None = None,
 ) -> None:
     """Attaches the adapters of another model directory to a model: senses that were trained apart come together.
 
@@ -122,15 +147,21 @@ def attach_adapters(
         adapters: the modalities to attach; None for all that `model` has not. They come to its device and mode.
         other_weights: only the sizes and the tokens of the language models must be equal, as where one is the finetuned
             other.
+        weights: of the language model, where `model` has it on the meta device.
 
     Raises:
         ModelDirectoryError: as `load`, and where the language models or their tokenizers differ, or nothing is left
             to attach.
     """
     path = Path(path)
-    weight, found = model.text.tok_embeddings.weight, layout_of(path)
-    donor = None if found is None else found[0].load(found[1], weight.dtype)
-    _require_same_language_model(model, path, donor, other_weights)
+    found = layout_of(path)
+    donor = None if found is None else found[0].load(found[1], model.text.tok_embeddings.weight.dtype)
+    own = weights or HeldWeights.of(model.text)
+    stored, tokenizer = open_text(path) if donor is None else (HeldWeights.of(donor.text), donor.tokenizer)
+    if not (own.config == stored.config if other_weights else own.equal(stored)):
+        raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
+    if tokenizer is not None and model.tokenizer is not None and not tokenizer.same_tokens(model.tokenizer):
+        raise ModelDirectoryError(f"{path}: its adapters were trained with other tokens than those of this model")
     names = list(_adapter_configs(path)) if donor is None else donor.modalities
     chosen = [name for name in names if name not in model.adapters] if adapters is None else adapters
     if not chosen:
@@ -142,18 +173,7 @@ def attach_adapters(
         raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {names}")
     for name, adapter in donor.adapters.items():
         if name in chosen:
-            model.attach(adapter.to(weight).train(model.training))
-
-
-def _require_same_language_model(
-    model: ComposedModel, path: Path, donor: ComposedModel | None, other_weights: bool
-) -> None:
-    stored, tokenizer = open_text(path) if donor is None else (HeldWeights.of(donor.text), donor.tokenizer)
-    own = HeldWeights.of(model.text)
-    if not (own.config == stored.config if other_weights else own.equal(stored)):
-        raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
-    if tokenizer is not None and model.tokenizer is not None and not tokenizer.same_tokens(model.tokenizer):
-        raise ModelDirectoryError(f"{path}: its adapters were trained with other tokens than those of this model")
+            _join(model, adapter)
 
 
 def load_ports(path: str | os.PathLike) -> tuple[Tokenizer, list[Port]]:
@@ -193,7 +213,14 @@ def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) ->
             continue
         adapter = _build(path, name, entry, model.text.config)
         load_part(adapter, path / f"{name}.safetensors")
-        model.attach(adapter.to(model.text.tok_embeddings.weight).train(model.training))
+        _join(model, adapter)
+
+
+def _join(model: ComposedModel, adapter: Adapter) -> None:
+    """Attaches an adapter, of the language model's dtype, mode and, where that is on one, device."""
+    weight = model.text.tok_embeddings.weight
+    adapter = adapter.to(dtype=weight.dtype, device=None if weight.is_meta else weight.device)
+    model.attach(adapter.train(model.training))
 
 
 def _build(path: Path, name: str, entry: dict[str, Any], text: TransformerConfig) -> Adapter:

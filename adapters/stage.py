@@ -7,18 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from ..data.sources import DataConfig, open_loader
 from ..text.parallel import row_unit
+from ..text.weights import Weights
 from ..train.objective import Objective
-from ..train.parallel import rank
 from ..train.place import Place
 from ..train.recipe import StageRecipe, train_by
 from .batching import DialogCollator, Port
 from .compose import ComposedModel
 from .distribute import distributed_composition
-from .model_directory import attach_adapters, load, save
+from .model_directory import attach_adapters, open_model, save
 from .objective import next_token
 
 
@@ -51,17 +49,19 @@ class AdapterRecipe(StageRecipe):
     data: DialogDataConfig = field(default_factory=DialogDataConfig)
 
 
-def initial_model(recipe: AdapterRecipe) -> ComposedModel:
-    """The model of `recipe.init`, with the adapters of `recipe.attach`, in float32 as training needs it."""
-    model = load(recipe.init, dtype=torch.float32)
+def initial_model(recipe: AdapterRecipe) -> tuple[ComposedModel, Weights]:
+    """The model of `recipe.init`, with the adapters of `recipe.attach`, in float32 as training needs it; its language
+    model is on the meta device, and whoever shares it out reads the weights."""
+    model, weights = open_model(recipe.init)
     for path in recipe.attach:
-        attach_adapters(model, path)
-    return model
+        attach_adapters(model, path, weights=weights)
+    return model, weights
 
 
 def train_on_dialogs(
     recipe: AdapterRecipe,
     model: ComposedModel,
+    weights: Weights,
     run_dir: Path,
     objective: Objective = next_token,
     collator: Callable[..., DialogCollator] = DialogCollator,
@@ -70,6 +70,7 @@ def train_on_dialogs(
 
     Args:
         model: with every adapter attached that the stage needs.
+        weights: of its language model.
         objective: loss of a batch; by default next-token prediction of the assistant's answers.
         collator: makes the batches that the objective takes.
 
@@ -99,9 +100,8 @@ def train_on_dialogs(
         lengths=collate.lengths,
         drop_last=not place.replicas_alone,  # every process has to run the layers that it stores a part of
     )
-    with distributed_composition(model, place, data.row_length) as part:
+    with distributed_composition(model, weights, place, data.row_length) as part:
         objective = part.objective(objective)
         result = train_by(recipe, part.model, loader, objective, run_dir, place=place, pipeline=part.pipeline)
-    if rank() == 0:
-        save(model, run_dir / "model")
+        save(model, run_dir / "model", shared=part.tensors())
     return result

@@ -285,22 +285,23 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         ValueError: `adapter` is given and `init` has one, or the other way round; `blank` is not one token; every
             loss has weight 0.
     """
-    weights = {
+    losses = {
         name: getattr(recipe, name) for name in ("answer_weight", "ctc_weight", "alignment_weight", "distil_weight")
     }
-    if not any(weights.values()):
-        raise ValueError(f"{', '.join(weights)} are all 0: nothing would be learned")
+    if not any(losses.values()):
+        raise ValueError(f"{', '.join(losses)} are all 0: nothing would be learned")
     torch.manual_seed(recipe.trainer.seed)
-    model = initial_model(recipe)
+    model, weights = initial_model(recipe)
     if (recipe.adapter is None) != ("speech" in model.modalities):
         has = "has" if "speech" in model.modalities else "has no"
         raise ValueError(f"adapter: {recipe.init} {has} speech adapter; give sizes for a new one, and only then")
     assert model.tokenizer is not None  # every model directory has one
     blank = blank_token(recipe.blank, model.tokenizer) if recipe.alignment_weight else -1
     if recipe.adapter is not None:
-        model.attach(new_adapter(recipe, recipe.adapter, model, blank))
+        words = weights.tensor("tok_embeddings.weight", model.text.tok_embeddings.weight)
+        model.attach(new_adapter(recipe, recipe.adapter, model, words, blank))
     objective = SpeechObjective(
-        **weights, blank=blank, distil_temperature=recipe.distil_temperature, augment=recipe.augment
+        **losses, blank=blank, distil_temperature=recipe.distil_temperature, augment=recipe.augment
     )
     collator = partial(
         SpeechCollator,
@@ -310,13 +311,18 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         augment=recipe.waveform_augment,
         seed=recipe.trainer.seed,
     )
-    return train_on_dialogs(recipe, model, run_dir, objective, collator)
+    return train_on_dialogs(recipe, model, weights, run_dir, objective, collator)
 
 
-def new_adapter(recipe: SpeechRecipe, config: SpeechAdapterConfig, model: ComposedModel, blank: int) -> SpeechAdapter:
+def new_adapter(
+    recipe: SpeechRecipe, config: SpeechAdapterConfig, model: ComposedModel, words: Tensor, blank: int
+) -> SpeechAdapter:
     """An adapter of these sizes for the model's language model, with what the recipe's losses need; `config` is filled
-    in."""
-    words = model.text.tok_embeddings.weight
+    in.
+
+    Args:
+        words: (V, D), the embedding of the language model.
+    """
     config.output_scale = embedding_scale(words)
     if recipe.ctc_weight:
         config.ctc_classes = 1 + 256
@@ -326,20 +332,20 @@ def new_adapter(recipe: SpeechRecipe, config: SpeechAdapterConfig, model: Compos
     if adapter.words is not None:
         adapter.start_words(words)
     if config.pause is not None:
-        surround_as_text(adapter, model)
+        assert model.tokenizer is not None
+        surround_as_text(adapter, model.tokenizer, words)
     if recipe.encoder_weights:
         load_encoder(adapter.encoder, Path(recipe.encoder_weights))
     return adapter
 
 
 @torch.no_grad()
-def surround_as_text(adapter: SpeechAdapter, model: ComposedModel) -> None:
+def surround_as_text(adapter: SpeechAdapter, tokenizer: Tokenizer, words: Tensor) -> None:
     """Starts the vectors around an utterance as the line breaks before every message's text, and as a pause."""
-    assert model.tokenizer is not None
     assert adapter.config.pause is not None
-    breaks = model.tokenizer.encode("\n\n")[-1]
+    breaks = tokenizer.encode("\n\n")[-1]
     for vector, token in ((adapter.begin, breaks), (adapter.end, adapter.config.pause)):
-        vector.copy_(model.text.tok_embeddings.weight[token] / adapter.config.output_scale)
+        vector.copy_(words[token] / adapter.config.output_scale)
 
 
 def blank_token(blank: str, tokenizer: Tokenizer) -> int:

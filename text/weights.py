@@ -37,11 +37,12 @@ class Weights(ABC):
         """Whether another model has the same sizes and, in the precision of this one, the same numbers; one tensor of
         each is in memory at a time."""
         return self.config == other.config and all(
-            torch.equal(self._whole(name, parameter), other._whole(name, parameter))
+            torch.equal(self.tensor(name, parameter), other.tensor(name, parameter))
             for name, parameter in self.outline().named_parameters()
         )
 
-    def _whole(self, name: str, outline: Tensor) -> Tensor:
+    def tensor(self, name: str, outline: Tensor) -> Tensor:
+        """A single one, whole, of the dtype and shape of the parameter `outline`."""
         whole = torch.empty_like(outline, device="cpu").detach()
         self.read({name: Portion(whole, tuple(slice(0, size) for size in whole.shape))})
         return whole

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from . import parallel
 from .place import Place
 
 
@@ -63,36 +61,3 @@ def give_back_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def whole_tensors(model: nn.Module, place: Place) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of all stages, whole, one after another, on every process. All processes go through them."""
-    own = dict(model.named_parameters())
-    names = parallel.gather(list(own))
-    given: set[str] = set()
-    for process in place.layout.peers(0, "pipeline"):
-        stage = place.layout.coordinates(process).pipeline
-        for name in names[process]:
-            if name in given:  # a copy of what an earlier stage has
-                continue
-            given.add(name)
-            tensor = None
-            if place.at.pipeline == stage:
-                tensor = parallel.whole(own[name].detach())
-            yield name, _from_stage(tensor, stage, place)
-
-
-def _from_stage(tensor: Tensor | None, stage: int, place: Place) -> Tensor:
-    """What the processes of one stage have, for all of the pipeline."""
-    if place.layout.pipeline == 1:
-        assert tensor is not None
-        return tensor
-    group = place.group("pipeline")
-    kind = [None if tensor is None else (tensor.shape, tensor.dtype)]
-    dist.broadcast_object_list(kind, group=group, group_src=stage)
-    assert kind[0] is not None
-    whole = (
-        torch.empty(kind[0][0], dtype=kind[0][1], device=parallel.device()) if tensor is None else tensor.contiguous()
-    )
-    dist.broadcast(whole, group=group, group_src=stage)
-    return whole

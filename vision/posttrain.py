@@ -39,9 +39,9 @@ def finetune(recipe: VisionFinetuneRecipe, run_dir: Path) -> dict[str, Any]:
             `merge`, or they do not fit it.
     """
     torch.manual_seed(recipe.trainer.seed)
-    model = initial_model(recipe)
+    model, weights = initial_model(recipe)
     for path in recipe.graft:
-        attach_adapters(model, path, other_weights=True)
+        attach_adapters(model, path, other_weights=True, weights=weights)
     if recipe.frames is not None or recipe.merge is not None:
         video = model.adapters.get("video")
         if not isinstance(video, VideoAdapter):
@@ -49,7 +49,7 @@ def finetune(recipe: VisionFinetuneRecipe, run_dir: Path) -> dict[str, Any]:
         frames = video.config.frames if recipe.frames is None else recipe.frames
         merge = video.config.merge if recipe.merge is None else recipe.merge
         video.sample(frames, merge)
-    return train_on_dialogs(recipe, model, run_dir)
+    return train_on_dialogs(recipe, model, weights, run_dir)
 
 
 STAGE = Stage(VisionFinetuneRecipe, finetune)

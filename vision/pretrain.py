@@ -105,12 +105,12 @@ class ImagePretrainRecipe(AdapterRecipe):
 def pretrain_image_adapter(recipe: ImagePretrainRecipe, run_dir: Path) -> dict[str, Any]:
     """Attaches a new image adapter and trains it, with its encoder, on captions."""
     torch.manual_seed(recipe.trainer.seed)
-    model = initial_model(recipe)
+    model, weights = initial_model(recipe)
     adapter = ImageAdapter(recipe.adapter, model.text.config)
     if recipe.encoder_weights:
         load_encoder(adapter.encoder, Path(recipe.encoder_weights))
     model.attach(adapter)
-    return train_on_dialogs(recipe, model, run_dir)
+    return train_on_dialogs(recipe, model, weights, run_dir)
 
 
 def load_encoder(encoder: Encoder, file: Path) -> None:
@@ -139,7 +139,7 @@ def anneal_image_adapter(recipe: ImageAnnealRecipe, run_dir: Path) -> dict[str, 
         ValueError: `init` has no image adapter of ours; another adapter reads its tiles.
     """
     torch.manual_seed(recipe.trainer.seed)
-    model = initial_model(recipe)
+    model, weights = initial_model(recipe)
     image = model.adapters.get("image")
     if not isinstance(image, ImageAdapter):
         raise ValueError(f"{recipe.init} has no image adapter of ours")
@@ -147,7 +147,7 @@ def anneal_image_adapter(recipe: ImageAnnealRecipe, run_dir: Path) -> dict[str, 
         if users := [name for name, other in model.adapters.items() if "image" in other.requires]:
             raise ValueError(f"image_size: {', '.join(users)} of {recipe.init} cannot follow to tiles of another size")
         model.image = image.with_tiles_of(recipe.image_size, model.text.config)
-    return train_on_dialogs(recipe, model, run_dir)
+    return train_on_dialogs(recipe, model, weights, run_dir)
 
 
 @dataclass(kw_only=True)
@@ -167,7 +167,7 @@ class VideoPretrainRecipe(AdapterRecipe):
 def pretrain_video_adapter(recipe: VideoPretrainRecipe, run_dir: Path) -> dict[str, Any]:
     """Attaches a new video adapter and trains it on captions; all else stays as it is (section 7.4)."""
     torch.manual_seed(recipe.trainer.seed)
-    model = initial_model(recipe)
+    model, weights = initial_model(recipe)
     adapter = VideoAdapter(recipe.adapter, model.text.config)
     if recipe.see_as_image:
         image = model.adapters.get("image")
@@ -175,7 +175,7 @@ def pretrain_video_adapter(recipe: VideoPretrainRecipe, run_dir: Path) -> dict[s
             raise ValueError(f"see_as_image: {recipe.init} has no image adapter of ours")
         adapter.see_as_image(image)
     model.attach(adapter)
-    return train_on_dialogs(recipe, model, run_dir)
+    return train_on_dialogs(recipe, model, weights, run_dir)
 
 
 CONTRASTIVE = Stage(ContrastiveRecipe, pretrain_encoder)

@@ -13,6 +13,7 @@ from herdkit.adapters.batching import Batch
 from herdkit.adapters.distribute import distributed_composition
 from herdkit.adapters.objective import next_token
 from herdkit.text.rows import IGNORE, TokenBatch
+from herdkit.text.weights import HeldWeights
 from herdkit.train import FreezeRule, OptimizerConfig, ScheduleConfig, TrainerConfig, parallel, train
 from herdkit.train.layout import ParallelConfig
 from herdkit.train.place import Place
@@ -94,11 +95,12 @@ def whole(tensor):
 
 
 def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=None):
-    """The gradients of every update and what all processes have at the end, by name; None where it stopped before."""
+    """The gradients of every update, and of the weights at the end those that this process writes, by name; None where
+    it stopped before."""
     place = Place(ParallelConfig(**layout))
     model = make_model(getattr(torch, dtype))
     updates = []
-    with distributed_composition(model, place, LENGTH) as part:
+    with distributed_composition(model, HeldWeights.of(model.text), place, LENGTH) as part:
         names = {id(p): name for name, p in part.model.named_parameters()}
 
         def record(optimizer, _args, _kwargs):
@@ -123,10 +125,15 @@ def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=No
             return None
         finally:
             hook.remove()
+        weights = {
+            f"{name}.{key}": tensor.clone()
+            for name, tensors in part.tensors().items()
+            for key, tensor in tensors.of_file(list(tensors.kinds))
+        }
     keep = ("tokens", "parameters", "trained_parameters")
     return {
         "updates": updates,
-        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "weights": weights,
         "last": result["last"],
         **{key: result[key] for key in keep},
     }

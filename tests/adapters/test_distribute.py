@@ -110,7 +110,7 @@ def require_equal(found, wanted, name):
         for key in ("loss", "accuracy", "grad_norm"):
             assert one["last"][key] == pytest.approx(wanted["last"][key], rel=1e-9), (name, key)
         require_close(one["weights"], wanted["weights"], 1e-8, name)
-        assert one["weights"].keys() == wanted["weights"].keys()
+    assert {key for one in found for key in one["weights"]} == wanted["weights"].keys(), name
     for i, gradients in enumerate(wanted["updates"]):
         assert {key for one in found for key in one["updates"][i]} == gradients.keys(), (name, i)
         for one in found:

@@ -178,7 +178,7 @@ def test_a_new_adapter_starts_with_the_words_of_its_language_model(model):
     pause = blank_token(" .", model.tokenizer)
     recipe = load_recipe(RECIPE, SpeechRecipe, ["root=unused", 'encoder_weights=""'])
     assert recipe.adapter is not None
-    adapter = new_adapter(recipe, recipe.adapter, model, pause)
+    adapter = new_adapter(recipe, recipe.adapter, model, model.text.tok_embeddings.weight, pause)
     words = model.text.tok_embeddings.weight
     assert adapter.config.pause == pause
     assert adapter.config.output_scale == pytest.approx(words.pow(2).mean().sqrt().item())
@@ -190,7 +190,7 @@ def test_an_utterance_starts_between_line_breaks_and_a_pause(model):
     pause = blank_token(" .", model.tokenizer)
     config = replace(model.adapters["speech"].config, word_temperature=0.1, pause=pause, output_scale=0.5)
     adapter = SpeechAdapter(config, model.text.config)
-    surround_as_text(adapter, model)
+    surround_as_text(adapter, model.tokenizer, model.text.tok_embeddings.weight)
     words = model.text.tok_embeddings.weight
     bridged, lengths = adapter.bridge(torch.zeros(1, 6, 24), torch.tensor([6]))
     soft = adapter.soft_tokens(bridged, lengths, words)

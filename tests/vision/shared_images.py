@@ -16,6 +16,7 @@ from herdkit.adapters.distribute import distributed_composition
 from herdkit.adapters.objective import next_token
 from herdkit.text.model import Transformer
 from herdkit.text.rows import TokenBatch
+from herdkit.text.weights import HeldWeights
 from herdkit.train import parallel
 from herdkit.train.gradients import summed_gradients
 from herdkit.train.layout import ParallelConfig
@@ -84,7 +85,7 @@ def composed(layout: dict, images: int) -> dict:
             {"tiles": clip, "n_tiles": 2 * one, "grid": torch.tensor([[2, 1]])}, Placements(one, one, one, end, 0 * one)
         ),
     }
-    with distributed_composition(model, place, 16) as part:
+    with distributed_composition(model, HeldWeights.of(model.text), place, 16) as part:
         loss, *_ = part.objective(next_token)(part.model, Batch(rows, inputs))
         loss.backward()
         parameters = list(part.model.named_parameters())

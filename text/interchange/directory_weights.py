@@ -41,6 +41,29 @@ class StoredWeights(Weights):
         return model
 
 
+Convert = Callable[[str, Tensor], tuple[str, Tensor]]
+"""From a name and a tensor to the name in a file and a tensor of the same size."""
+
+
+def unchanged(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return name, tensor
+
+
+def write(tensors: WholeTensors, file: Path, names: Sequence[str] | None = None, convert: Convert = unchanged) -> None:
+    """Some tensors, or all, as safetensors; one at a time is whole in memory. All processes that share them call it."""
+    names = list(tensors.kinds) if names is None else names
+    converted = starmap(convert, tensors.of_file(names))
+    if not tensors.writes(names):
+        assert not list(converted)
+        return
+    kinds = {}
+    for name in names:
+        shape, dtype = tensors.kinds[name]
+        renamed, outline = convert(name, torch.empty(shape, dtype=dtype, device="meta"))
+        kinds[renamed] = (tuple(outline.shape), dtype)
+    write_tensors(file, kinds, converted)
+
+
 @dataclass(frozen=True)
 class TrainedWeights:
     """Those of a model in memory, of one process or of several that share it: then all of them make it together, and
@@ -62,25 +85,6 @@ class TrainedWeights:
         """Whether this process writes what belongs to no tensor."""
         return not self.tensors.shared or rank() == 0
 
-    def write(
-        self,
-        file: Path,
-        names: Sequence[str] | None = None,
-        convert: Callable[[str, Tensor], tuple[str, Tensor]] = lambda name, tensor: (name, tensor),
-    ) -> None:
-        """Some of the tensors, or all, as safetensors; one at a time is whole in memory.
-
-        Args:
-            convert: to the name in the file and a tensor of the same size.
-        """
-        names = list(self.tensors.kinds) if names is None else names
-        converted = starmap(convert, self.tensors.of_file(names))
-        if not self.tensors.writes(names):
-            assert not list(converted)
-            return
-        kinds = {}
-        for name in names:
-            shape, dtype = self.tensors.kinds[name]
-            renamed, outline = convert(name, torch.empty(shape, dtype=dtype, device="meta"))
-            kinds[renamed] = (tuple(outline.shape), dtype)
-        write_tensors(file, kinds, converted)
+    def write(self, file: Path, names: Sequence[str] | None = None, convert: Convert = unchanged) -> None:
+        """Some of the tensors, or all; see the function of this name."""
+        write(self.tensors, file, names, convert)
