@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..text.presets import VOCAB_SIZE
-from .encoder import Block, Sequences
-from .packed import Encoder
+from .encoder import Block
+from .packed import Encoder, Sequences
 
 Negatives = Literal["local", "global"]
 """Which pairs a row is told from: those of its own process, or those of all processes, with exact gradients for

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..text.attention import dot_product_attention
-from .packed import Encoder, PackedTiles
+from .packed import Encoder, Groups, PackedTiles, Sequences
 from .tiles import canvas_numbers, canvases
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,45 +25,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PATCH_NORM_EPS = 1e-2
 """In units of pixels of deviation 1, so that the noise of an even patch is not blown up."""
-
-Groups = list[tuple[int, int]]
-"""(images, tokens of each), in the order of packing."""
-
-
-@dataclass
-class Sequences:
-    """How the tokens of packed images are cut into sequences for attention, and which of them are run here: all.
-    `herdkit.vision.sequence_parallel` divides them among processes.
-
-    Args:
-        groups: of the sequences.
-        mask: bool, True where a query (last but one) may see a key (last), broadcast over sequences and heads; only
-            with a single group.
-    """
-
-    groups: Groups
-    mask: Tensor | None = None
-
-    def own(self, x: Tensor) -> Tensor:
-        """Of (S, ...) what is run here."""
-        return x
-
-    def whole(self, x: Tensor) -> Tensor:
-        """From what is run here to (S, ...)."""
-        return x
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention within each sequence, of the tokens that are run here; (S, H, Dh) each, and out."""
-        sizes = [n * length for n, length in self.groups]
-        groups = zip(self.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        parts = [attend_all(q, k, v, n, self.mask) for (n, _), q, k, v in groups]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def attend_all(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> Tensor:
-    """Attention of n sequences of equal length that stand one after the other, (n * L, H, Dh) each, and out."""
-    q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))
-    return dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(kw_only=True, frozen=True)

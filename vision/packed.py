@@ -1,12 +1,15 @@
-"""The interface of every image encoder, and the packing that lets padded tiles cost nothing."""
+"""The interface of every image encoder, the packing that lets padded tiles cost nothing, and attention within it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+
+from ..text.attention import dot_product_attention
 
 
 class Encoder(nn.Module, ABC):
@@ -111,3 +114,43 @@ class PackedTiles:
         real = torch.zeros(self.n_images, self.tiles, dtype=torch.bool, device=self.image.device)
         real[self.image, self.tile] = True
         return real.repeat_interleave(tokens, dim=1)
+
+
+Groups = list[tuple[int, int]]
+"""(images, tokens of each), in the order of packing."""
+
+
+@dataclass
+class Sequences:
+    """How the tokens of packed images are cut into sequences for attention, and which of them are run here: all.
+    `herdkit.vision.sequence_parallel` divides them among processes.
+
+    Args:
+        groups: of the sequences.
+        mask: bool, True where a query (last but one) may see a key (last), broadcast over sequences and heads; only
+            with a single group.
+    """
+
+    groups: Groups
+    mask: Tensor | None = None
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of (S, ...) what is run here."""
+        return x
+
+    def whole(self, x: Tensor) -> Tensor:
+        """From what is run here to (S, ...)."""
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention within each sequence, of the tokens that are run here; (S, H, Dh) each, and out."""
+        sizes = [n * length for n, length in self.groups]
+        groups = zip(self.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        parts = [attend_all(q, k, v, n, self.mask) for (n, _), q, k, v in groups]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, n: int, mask: Tensor | None) -> Tensor:
+    """Attention of n sequences of equal length that stand one after the other, (n * L, H, Dh) each, and out."""
+    q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))
+    return dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)

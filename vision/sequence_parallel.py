@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
-from .encoder import Groups, Sequences, VisionTransformer, attend_all
+from .encoder import VisionTransformer
+from .packed import Groups, Sequences, attend_all
 
 
 @contextmanager
