@@ -87,9 +87,11 @@ def distributed_composition(
             what an adapter reads, or asks for what only language models by themselves can do.
     """
     require_adapters_fit(model, place.layout)
-    _require_possible(place)
+    if place.config.gather != "float32":
+        raise LayoutError("gather", f"{place.config.gather!r} is for language models alone, not for composed ones")
     names = {name: list(part.state_dict()) for name, part in (("text", model.text), *model.adapters.items())}
     if place.replicas_alone:
+        distribute(model.text, place)
         if model.text.tok_embeddings.weight.is_meta:
             _read(weights, model.text, [model.text])
         yield DistributedComposition(model, None, place, names)
@@ -133,14 +135,6 @@ def require_adapters_fit(model: ComposedModel, layout: Layout) -> None:
     for dimension in ("tensor", "pipeline"):
         if reading and getattr(layout, dimension) > 1:
             raise LayoutError(dimension, f"the adapter {reading[0]!r} reads weights of the language model, all of them")
-
-
-def _require_possible(place: Place) -> None:
-    if place.config.gather != "float32":
-        raise LayoutError("gather", f"{place.config.gather!r} is for language models alone, not for composed ones")
-    for key in ("recompute", "compile", "float8"):
-        if place.replicas_alone and (value := getattr(place.config, key)) != "none":
-            raise LayoutError(key, f"{value!r} needs a composed model that processes share, not replicas alone")
 
 
 class ComposedPart(ComposedModel):

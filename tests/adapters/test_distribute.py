@@ -1,23 +1,25 @@
 """On every layout a composed model trains as in one process, whether or not a process has inputs."""
 
 import runpy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from herdkit.adapters import compose
-from herdkit.adapters.distribute import require_adapters_fit
+from herdkit.adapters.distribute import distributed_composition, require_adapters_fit
 from herdkit.text import preset as text_preset
 from herdkit.text.parallel import stages
+from herdkit.text.weights import HeldWeights
 from herdkit.train.layout import Layout, LayoutError, ParallelConfig
+from herdkit.train.place import Place
 from herdkit.vision.image_adapter import placement
 from herdkit.vision.image_adapter import preset as image_preset
 from toy_adapters import TEXT, SoftAdapter, ToyConfig, text_model
 
 PROGRAM = Path(__file__).with_name("layouts.py")
 TWO = {
-    "replicas": {},
+    "replicas": {"recompute": "selective", "compile": "aot_eager"},
     "shards": {"shard": 2, "reshard": True},
     "tensor": {"tensor": 2},
     "context": {"context": 2},
@@ -60,6 +62,15 @@ def test_trains_as_one_process_does(finish_program, tmp_path, alone, processes, 
     for name, options in runs.items():
         wanted = alone(**{key: value for key, value in options.items() if key != "layout"})
         require_equal([one[name] for one in found], wanted, name)
+
+
+@pytest.mark.parametrize("key", ["recompute", "compile"])
+def test_a_process_by_itself_runs_its_layers_as_the_layout_says(key):
+    value = {"recompute": "full", "compile": "aot_eager"}[key]
+    model = compose(text_model(), speech=SoftAdapter(ToyConfig(), TEXT))
+    place = Place(ParallelConfig(**{key: value}))
+    with distributed_composition(model, HeldWeights.of(model.text), place, 16) as part:
+        assert all(isinstance(layer.forward, partial) for layer in part.model.text.layers)
 
 
 def test_a_run_goes_on_in_another_layout(finish_program, tmp_path, alone):
