@@ -4,8 +4,8 @@ written sentences stays frozen, and a speech encoder and adapter are trained to 
 python -m herdkit.demos.multilingual --out runs/multilingual
 
 Voices and sentences of the test are held out. The direct route (speech to translation) is measured beside the cascade
-(speech to transcript to translation, by the same model), transcription beside the CTC head of the same encoder. A
-killed run goes on from its last finished point.
+(speech to transcript to translation, by the same model), transcription beside the CTC head of the same encoder and
+beside an encoder of the same size that was trained by CTC alone. A killed run goes on from its last finished point.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from ..adapters.chat import reply_batch
 from ..adapters.compose import ComposedModel
@@ -42,6 +45,11 @@ CHAIN = (
         name="text-sft",
         title="language model: translation",
         recipe="text/recipes/tiny_multilingual_sft.yaml",
+    ),
+    Link(
+        name="speech-ctc",
+        title="speech: an encoder by CTC alone",
+        recipe="speech/recipes/tiny_multilingual_ctc.yaml",
     ),
     Link(
         name="speech-transcription",
@@ -72,31 +80,38 @@ def run(out: Path, seed: int = 0, *, written: int = 20_000, spoken: int = 5_000,
         return load_recipe(link.path, link.stage.recipe, given)
 
     Chain(CHAIN, out / "stages", recipe, console, before_training=lambda: None).train()
-    model = load(out / "stages" / CHAIN[-1].name / "model")
+    model, ctc_only = (load(out / "stages" / name / "model") for name in ("speech-translation", "speech-ctc"))
     reader = ShardReader(str(out / "data" / "spoken_new" / "*.tar"))
-    results = {"seed": seed, **examine(model, [reader[i] for i in range(len(reader))])}
+    results = {"seed": seed, **examine(model, ctc_only, [reader[i] for i in range(len(reader))])}
+    encoder = {name: value for name, value in model.named_parameters() if name.startswith("speech.encoder.")}
+    results["parameters"] = {"model": count(model.parameters()), "encoder": count(encoder.values())}
     results["seconds"] = round(time.monotonic() - started)
     write_json(out / "results.json", results)
     return results
 
 
-def examine(model: ComposedModel, samples: list[Sample]) -> dict[str, Any]:
-    """Word errors of transcripts by language, and BLEU of translations by direction, of each route."""
+def examine(model: ComposedModel, ctc_only: ComposedModel, samples: list[Sample]) -> dict[str, Any]:
+    """Word errors of transcripts by language, and BLEU of translations by direction, of each route. `ctc_only` is the
+    model of which the encoder and its CTC head alone are asked."""
     of_language = {
         language: [sample for sample in samples if sample.json()["language"] == language] for language in LANGUAGES
     }
     transcription, heard = {}, {}
     for language, chosen in of_language.items():
         recordings, said = [sample.members["flac"] for sample in chosen], [sample.text("txt") for sample in chosen]
-        row: dict[str, Any] = {"count": len(chosen)}
-        for name, by in (("answer", "answer"), ("ctc", "ctc")):
-            config = TranscriptionConfig(language=language, by=by)  # type: ignore[arg-type]
-            texts = [found.text for found in Transcriber(model, config)(recordings)]
-            errors = word_errors(said, texts)
-            row[name] = {"word_error_rate": errors.rate, "interval": errors.interval}
-            if by == "answer":
-                heard[language] = texts
-        transcription[language] = row
+        answer = TranscriptionConfig(language=language)
+        routes = {
+            "answer": Transcriber(model, answer),
+            "ctc_head": Transcriber(model, replace(answer, by="ctc")),
+            "ctc_only": Transcriber(ctc_only, replace(answer, by="ctc")),
+        }
+        texts = {name: [found.text for found in transcriber(recordings)] for name, transcriber in routes.items()}
+        heard[language] = texts["answer"]
+        transcription[language] = {"count": len(chosen)} | {
+            name: {"word_error_rate": errors.rate, "interval": errors.interval}
+            for name, found in texts.items()
+            for errors in [word_errors(said, found)]
+        }
     translation = {}
     for source, target in DIRECTIONS:
         chosen = of_language[source]
@@ -129,6 +144,10 @@ def translated(model: ComposedModel, texts: list[str], language: str) -> list[st
     return [answer.strip() for answer in reply_batch(model, dialogs, max_new_tokens=32)]
 
 
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/multilingual"))
@@ -136,8 +155,11 @@ def main() -> None:
     options = parser.parse_args()
     results = run(options.out.resolve(), options.seed)
     for language, row in results["transcription"].items():
-        errors = {name: row[name]["word_error_rate"] for name in ("answer", "ctc")}
-        print(f"{language}: word errors {errors['answer']:.1%}, by the CTC head alone {errors['ctc']:.1%}")
+        rates = {name: row[name]["word_error_rate"] for name in ("answer", "ctc_head", "ctc_only")}
+        print(
+            f"{language}: word errors {rates['answer']:.1%}, by the CTC head {rates['ctc_head']:.1%}, "
+            f"by an encoder trained by CTC alone {rates['ctc_only']:.1%}"
+        )
     for direction, row in results["translation"].items():
         print(f"{direction}: BLEU " + ", ".join(f"{name} {found['bleu']:.1f}" for name, found in row.items()))
     print(json.dumps(results))

@@ -30,16 +30,30 @@ def test_every_language_and_direction_is_examined_by_every_route():
         sample = Sample(key, "new.tar", {"flac": members["flac"], "txt": members["txt"].encode()})
         sample.json = lambda content=members["json"]: content
         samples.append(sample)
-    results = examine(model.eval(), samples)
+    results = examine(model.eval(), model, samples)
     assert list(results["transcription"]) == list(LANGUAGES)
-    assert all(row["count"] == 2 and row["answer"]["word_error_rate"] >= 0 for row in results["transcription"].values())
+    for row in results["transcription"].values():
+        assert row["count"] == 2
+        assert all(row[name]["word_error_rate"] >= 0 for name in ("answer", "ctc_head", "ctc_only"))
     assert list(results["translation"]) == [f"{source} to {target}" for source, target in DIRECTIONS]
     assert all(set(row) == {"direct", "cascade", "written"} for row in results["translation"].values())
 
 
-def test_the_chain_is_one():
-    made = ""
+def test_each_link_starts_from_one_before_it():
+    made = {""}
+    recipes = {}
     for link in CHAIN:
-        recipe = load_recipe(link.path, link.stage.recipe, ["root=out"])
-        assert getattr(recipe, "init", "") == (made and f"out/stages/{made}/model")
-        made = link.name
+        recipe = recipes[link.name] = load_recipe(link.path, link.stage.recipe, ["root=out"])
+        assert getattr(recipe, "init", "").removeprefix("out/stages/").removesuffix("/model") in made
+        made.add(link.name)
+    assert recipes["speech-translation"].init == "out/stages/speech-transcription/model"
+
+
+def test_the_ctc_only_encoder_has_the_size_the_recordings_and_the_updates_of_the_other():
+    recipes = {link.name: load_recipe(link.path, link.stage.recipe, ["root=out"]) for link in CHAIN}
+    alone, first, second = (recipes[f"speech-{name}"] for name in ("ctc", "transcription", "translation"))
+    assert alone.adapter.conformer == first.adapter.conformer
+    assert alone.data.sources == first.data.sources == second.data.sources
+    assert alone.trainer.steps == first.trainer.steps + second.trainer.steps
+    assert alone.trainer.batch_size == first.trainer.batch_size == second.trainer.batch_size
+    assert (alone.answer_weight, alone.alignment_weight, alone.distil_weight) == (0, 0, 0)
