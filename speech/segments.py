@@ -1,8 +1,9 @@
-"""Where somebody speaks in a recording, and where a long one is cut: by energy, the same for a file and for a stream.
+"""Where somebody speaks in a recording, and where a long one is cut: by energy, as it comes.
 
 A frame of 10 ms counts as speech where it is louder than a level between the quiet and the loud frames around it, of
-which it needs to know a little of the future and no more than some seconds of the past. So a file is cut as if it came
-through a pipe, and a pipe as if it were a file.
+which it needs to know a little of the future and no more than some seconds of the past. So speech is found at the same
+places in a file and in a stream. What becomes of it differs: a stream gives each stretch once it is over, where in a
+file neighbours that fit into a segment together are joined (`find_segments`), silence between them included.
 """
 
 from __future__ import annotations

@@ -38,9 +38,17 @@ def test_speech_is_found_where_it_is():
 
 
 @pytest.mark.parametrize("pieces", [160, 777, 16_000, 50_000])
-def test_a_stream_is_cut_as_a_file_is(pieces):
+def test_how_samples_are_handed_in_changes_nothing(pieces):
     waveform, _ = recording(2.0, 11.0, 0.8, 5.0)
     assert pushed(waveform, pieces) == pushed(waveform, len(waveform))
+
+
+def test_a_file_joins_what_a_stream_finds():
+    waveform, _ = recording(2.0, 11.0, 0.8, 5.0)
+    stream, file = pushed(waveform, 16_000), find_segments(waveform, RATE, CUT)
+    assert len(file) < len(stream)
+    starts, ends = {one.start for one in stream}, {one.end for one in stream}
+    assert all(one.start in starts and one.end in ends for one in file)
 
 
 def test_the_start_of_a_recording_may_be_speech():
