@@ -130,18 +130,20 @@ def log_mel(waveform: Tensor, config: FeatureConfig) -> Tensor:
     Raises:
         ValueError: not one-dimensional, shorter than a window, or with samples that are not finite.
     """
-    if waveform.dim() != 1:
-        raise ValueError(f"a waveform has one dimension, not the shape {tuple(waveform.shape)}")
+    check_shape(waveform)
     config.frames(waveform.shape[0])
     if config.kind != "log_mel":
         from .foreign_features import foreign_features
 
         return foreign_features(waveform, config)
     pad = (config.n_fft - config.hop) // 2
-    features = _normalised(_log_mels(F.pad(waveform.float(), (pad, pad)), config), config)
-    if not torch.isfinite(features).all():
-        raise ValueError("the waveform has samples that are not finite")
-    return features
+    return _normalised(_log_mels(F.pad(waveform.float(), (pad, pad)), config), config)
+
+
+def check_shape(waveform: Tensor) -> None:
+    """ValueError for what is not (samples,)."""
+    if waveform.dim() != 1:
+        raise ValueError(f"a waveform has one dimension, not the shape {tuple(waveform.shape)}")
 
 
 def _log_mels(padded: Tensor, config: FeatureConfig) -> Tensor:
@@ -171,6 +173,12 @@ def _log_mels(padded: Tensor, config: FeatureConfig) -> Tensor:
 
 
 def _normalised(features: Tensor, config: FeatureConfig) -> Tensor:
+    """
+    Raises:
+        ValueError: features that are not finite, as no finite samples give.
+    """
+    if not torch.isfinite(features).all():
+        raise ValueError("the waveform has samples that are not finite")
     if config.normalize == "utterance":
         features = features - features.mean(dim=0)
         return features * torch.rsqrt(features.square().mean(dim=0) + 1e-5)
@@ -197,13 +205,24 @@ class LogMelStream:
         self.samples = self.given = 0
 
     def push(self, samples: Tensor) -> Tensor:
-        """Takes further samples (n,), and gives the frames (F, C) that see nothing beyond them."""
+        """Takes further samples (n,), and gives the frames (F, C) that see nothing beyond them.
+
+        Raises:
+            ValueError: not one-dimensional, or with samples that are not finite (of which frames learn in this or a
+                later call).
+        """
+        check_shape(samples)
         self.samples += len(samples)
         self.held = torch.cat((self.held, samples.detach().cpu().float()))
         return self._take((len(self.held) - self.config.n_fft) // self.config.hop + 1)
 
     def finish(self) -> Tensor:
-        """The frames that are left at the end, (F, C)."""
+        """The frames that are left at the end, (F, C).
+
+        Raises:
+            ValueError: the whole utterance is shorter than a window, or samples are not finite.
+        """
+        self.config.frames(self.samples)
         count = self.samples // self.config.hop - self.given
         size = (count - 1) * self.config.hop + self.config.n_fft
         self.held = F.pad(self.held, (0, max(0, size - len(self.held))))

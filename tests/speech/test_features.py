@@ -162,6 +162,23 @@ def test_frames_of_a_stream_come_as_soon_as_they_are_known():
     assert len(stream.finish()) == 10 - sum(counts)
 
 
+def test_a_stream_refuses_what_the_whole_refuses():
+    for bad in (float("nan"), float("inf")):
+        waveform, stream = tone(2000), LogMelStream(RAW)
+        waveform[1000] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            log_mel(waveform, RAW)
+        stream.push(waveform[:900])
+        with pytest.raises(ValueError, match="not finite"):
+            stream.push(waveform[900:])
+    stream = LogMelStream(RAW)
+    stream.push(tone(399))
+    with pytest.raises(ValueError, match="399 samples of audio"):
+        stream.finish()
+    with pytest.raises(ValueError, match="one dimension"):
+        LogMelStream(RAW).push(torch.zeros(2, 800))
+
+
 def test_fixed_statistics_normalise_a_data_set():
     raw = [log_mel(tone(8000 + 1000 * seed, seed), RAW) for seed in range(4)]
     mean, deviation = feature_statistics(raw)
