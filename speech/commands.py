@@ -80,7 +80,7 @@ def transcribe(options: argparse.Namespace) -> None:
     transcriber = Transcriber(model, config)
     if piped:
         for segment in transcriber.stream(pcm_blocks(sys.stdin.buffer, options.rate), options.rate):
-            print(json.dumps(_shown(segment), ensure_ascii=False), flush=True)
+            print(json.dumps(segment.as_json(), ensure_ascii=False), flush=True)
         return
     subtitles = {kind: getattr(options, kind) for kind in ("srt", "vtt") if getattr(options, kind) is not None}
     settings = {"model": str(options.model.resolve())}
@@ -114,9 +114,3 @@ def pcm_blocks(file: Any, rate: int) -> Iterator[Tensor]:
         yield torch.from_numpy(np.frombuffer(chunk[: len(chunk) // 2 * 2], dtype="<i2").astype(np.float32) / 32768)
     if rest:
         raise ValueError("standard input ends in the middle of a sample; is it PCM of 16 bits?")
-
-
-def _shown(segment: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {name: value for name, value in asdict(segment).items() if value is not None and value is not False}

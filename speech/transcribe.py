@@ -80,6 +80,10 @@ class TextSegment:
     cut: bool = False
     words: list[Word] | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, without what was not asked for or is not so."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value is not False}
+
 
 @dataclass
 class Transcript:
@@ -102,10 +106,7 @@ class Transcript:
         if self.error is not None:
             return line | {"error": self.error}
         line |= {"seconds": round(self.seconds, 3), "text": self.text}
-        line["segments"] = [
-            {name: value for name, value in asdict(segment).items() if value is not None and value is not False}
-            for segment in self.segments
-        ]
+        line["segments"] = [segment.as_json() for segment in self.segments]
         return line | ({"warnings": self.warnings} if self.warnings else {})
 
 
