@@ -27,6 +27,18 @@ def kind_of(extension: str) -> str | None:
     return _KIND.get(extension.rpartition(".")[2])
 
 
+def audio_of(sample: Sample) -> bytes:
+    """The sample's first member that is sound.
+
+    Raises:
+        ValueError: it has none; names the sample and its members.
+    """
+    for extension, content in sample.members.items():
+        if kind_of(extension) == "audio":
+            return content
+    raise ValueError(f"{sample.shard}: sample {sample.key} has no audio; its members are {', '.join(sample.members)}")
+
+
 def member_problem(extension: str, content: bytes) -> str | None:
     """Why a member is not of the kind that its extension says, or None where it is or says nothing.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.media import audio_length, load_audio
-from ..data.media_check import kind_of
+from ..data.media_check import audio_of
 from ..data.shards import Sample
 from ..data.sources import DataConfig, open_loader
 from ..text.model_directory import save_part
@@ -20,8 +20,6 @@ from ..train.recipe import Stage, StageRecipe, train_by
 from .bestrq import MAX_FRAMES, BestRQ, BestRQConfig, random_crop
 from .conformer import Conformer, ConformerConfig
 from .features import FeatureConfig, log_mel, pad_features
-
-Outcome = tuple[Tensor, int, dict[str, tuple[Tensor, Tensor | int]]]
 
 PATIENCE = 20
 """Micro-batches with few codes before a run stops; a few may well hold silence alone."""
@@ -65,23 +63,15 @@ class AudioCollator:
         """
         features = []
         for position, sample in samples:
-            waveform = load_audio(self._audio(sample), self.config.sample_rate)
+            waveform = load_audio(audio_of(sample), self.config.sample_rate)
             generator = torch.Generator().manual_seed(position)
             features.append(random_crop(log_mel(waveform, self.config), generator=generator))
         return pad_features(features)
 
     def lengths(self, sample: Sample) -> list[int]:
         """Mel frames of a sample, for batches by length; errors as above."""
-        samples = audio_length(self._audio(sample), self.config.sample_rate)
+        samples = audio_length(audio_of(sample), self.config.sample_rate)
         return [min(self.config.frames(samples), MAX_FRAMES)]
-
-    def _audio(self, sample: Sample) -> bytes:
-        member = next((name for name in sample.members if kind_of(name) == "audio"), None)
-        if member is None:
-            raise ValueError(
-                f"{sample.shard}: sample {sample.key} has no audio; its members are {', '.join(sample.members)}"
-            )
-        return sample.members[member]
 
 
 class CodeUsageError(ValueError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.media_check import kind_of
+from ..data.media_check import audio_of, kind_of
 from ..data.shards import Sample, ShardReader
 from ..train.files import write_text
 from ..train.journal import Journal
@@ -47,16 +47,14 @@ class Recording:
             return self.source, {}
         reader, position = self.source
         sample: Sample = reader[position]
-        member = next((name for name in sample.members if kind_of(name) == "audio"), None)
-        if member is None:
-            raise ValueError(f"no audio; the members are {', '.join(sample.members)}")
+        audio = audio_of(sample)
         known: dict[str, Any] = {}
         if "txt" in sample.members:
             known["reference"] = sample.text("txt")
         content = sample.json() if "json" in sample.members else None
         if isinstance(content, dict):
             known |= {name: content[name] for name in ("language", "voice") if isinstance(content.get(name), str)}
-        return sample.members[member], known
+        return audio, known
 
 
 def find_recordings(sources: Sequence[str]) -> list[Recording]:
