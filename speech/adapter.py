@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ class SpeechAdapterConfig:
 
     Args:
         conformer: the encoder.
-        features: its input.
-        encoder: another encoder in place of the Conformer, which brings its own features, such as {"type": "whisper",
+        features: its input; left out with `encoder`, which brings its own.
+        encoder: another encoder in place of the Conformer, such as {"type": "whisper",
             "config": {"d_model": 1280, ...}}; see `herdkit.speech.encoders.encoder_spec`.
         dim, ffn_dim: widths of the adapter's Transformer layer (the paper's: 3072 and 4096).
         n_heads: its heads; the paper gives no number.
@@ -92,13 +93,19 @@ class SpeechAdapterConfig:
         if (self.conformer is None) == (self.encoder is None):
             raise ValueError("give the sizes of a conformer, or another encoder, and not both")
         if self.encoder is not None:
+            # What was saved holds the encoder's.
+            if self.features not in (FeatureConfig(), self.encoder_spec.features):
+                raise ValueError(
+                    "features: the encoder brings its own; leave them out, or give them as encoder.features where its "
+                    "type takes some"
+                )
             self.features = self.encoder_spec.features
         elif self.conformer is not None and self.features.n_mels != self.conformer.n_mels:
             raise ValueError(
                 f"features.n_mels ({self.features.n_mels}) and conformer.n_mels ({self.conformer.n_mels}) must be equal"
             )
 
-    @property
+    @cached_property
     def encoder_spec(self) -> EncoderSpec:
         """What is known of the encoder without building it."""
         if self.encoder is not None:

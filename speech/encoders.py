@@ -10,6 +10,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
@@ -188,7 +189,7 @@ class HuggingFaceSpec(EncoderSpec):
 
     stride: ClassVar[int] = 2  # type: ignore[misc]
 
-    @property
+    @cached_property
     def configuration(self) -> Any:
         """The configuration of transformers.
 

@@ -2,6 +2,7 @@
 were alone."""
 
 import copy
+import json
 import pickle
 from dataclasses import asdict, dataclass
 
@@ -15,7 +16,7 @@ from herdkit.speech.encoders import EncoderSpec, encoder_spec, load_encoder, reg
 from herdkit.speech.finetune import SpeechRecipe
 from herdkit.speech.foreign_features import kaldi_features, whisper_features
 from herdkit.text.model import Transformer, TransformerConfig
-from herdkit.text.model_directory import save_part
+from herdkit.text.model_directory import dataclass_from_dict, save_part
 from herdkit.text.tokenizer import Tokenizer
 from herdkit.train.config import load_recipe
 from syllables import RATE, syllables
@@ -239,6 +240,23 @@ trainer: {steps: 1, batch_size: 1}
     assert recipe.adapter.features.kind == "whisper"
     assert recipe.adapter.encoder_spec.width == 384
     assert asdict(recipe.adapter)["conformer"] is None
+    again = dataclass_from_dict(SpeechAdapterConfig, json.loads(json.dumps(asdict(recipe.adapter))))
+    assert again == recipe.adapter
+
+
+def test_features_beside_an_encoder_that_brings_its_own_are_refused():
+    given = {"encoder": {"type": "whisper", **SIZES["whisper"]}, "max_seconds": 30}
+    with pytest.raises(ValueError, match="features: the encoder brings its own"):
+        SpeechAdapterConfig(**given, features=FeatureConfig(n_mels=40))
+    own = {"type": "torchaudio", **SIZES["torchaudio"], "features": {"n_mels": 40}}
+    assert SpeechAdapterConfig(encoder=own).features == FeatureConfig(n_mels=40)
+
+
+def test_lengths_are_known_without_building_configurations(monkeypatch):
+    prepare = adapter("whisper").prepare
+    wanted = [prepare.positions(recording) for recording in recordings()]
+    monkeypatch.setattr(transformers.WhisperConfig, "__init__", None)
+    assert [prepare.positions(recording) for recording in recordings()] == wanted
 
 
 @pytest.mark.parametrize(
