@@ -41,6 +41,8 @@ class TranscriptionConfig:
             faster and knows no words.
         words: find when each word is said, with the CTC head.
         batch_size: segments that run together.
+        held_seconds: of speech that wait in memory to run in batches of like length, at least one segment; beside them
+            stands one recording as a whole.
         max_new_tokens: of a segment; None: 16 and 16 more for every second, which no speech reaches. A text that is
             longer is cut, and says so.
         segments: where recordings are cut; None: into pieces of at most 30 s, or what the speech adapter takes.
@@ -51,12 +53,15 @@ class TranscriptionConfig:
     by: Literal["answer", "ctc"] = "answer"
     words: bool = False
     batch_size: int = 16
+    held_seconds: float = 1800.0
     max_new_tokens: int | None = None
     segments: SegmentConfig | None = None
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.held_seconds <= 0:
+            raise ValueError(f"held_seconds must be positive, not {self.held_seconds}")
         if self.by not in ("answer", "ctc"):
             raise ValueError(f"by must be answer or ctc, not {self.by!r}")
         if self.translate and (self.words or self.by == "ctc"):
@@ -148,12 +153,13 @@ class Transcriber:
             raise MediaError(str(source) if isinstance(source, str) else "audio", error) from None
         return waveform
 
-    def __call__(self, sources: Sequence[Any]) -> list[Transcript]:
-        """The transcripts of recordings: paths, bytes, or waveforms (samples,) at `sample_rate`. What is no recording
-        becomes a transcript with an error."""
+    def __call__(self, sources: Iterable[Any]) -> list[Transcript]:
+        """The transcripts of recordings: paths, bytes, or waveforms (samples,) at `sample_rate`, which are taken one
+        after another. What is no recording becomes a transcript with an error."""
         made: list[Transcript] = []
-        pieces: list[tuple[int, Segment, Tensor]] = []
-        for number, source in enumerate(sources):
+        held: list[tuple[Transcript, Segment, Tensor]] = []
+        seconds = 0.0
+        for source in sources:
             try:
                 waveform = source if isinstance(source, Tensor) else self.load(source)
             except MediaError as error:
@@ -164,15 +170,24 @@ class Transcriber:
             if clipped > CLIPPED_SHARE:
                 transcript.warnings.append(f"{clipped:.1%} of the samples are clipped")
             made.append(transcript)
-            found = find_segments(waveform, self.sample_rate, self.segment_config)
-            pieces += [(number, segment, waveform[segment.start : segment.end]) for segment in found]
-        texts = self.segments([waveform for _, _, waveform in pieces])
-        for (number, segment, _), found in zip(pieces, texts, strict=True):
-            made[number].segments.append(self._placed(found, segment))
+            for segment in find_segments(waveform, self.sample_rate, self.segment_config):
+                length = (segment.end - segment.start) / self.sample_rate
+                if held and seconds + length > self.config.held_seconds:
+                    self._write_down(held)
+                    held, seconds = [], 0.0
+                # A copy, so that the recording does not stay for the sake of a piece.
+                held.append((transcript, segment, waveform[segment.start : segment.end].clone()))
+                seconds += length
+        self._write_down(held)
         for transcript in made:
             if transcript.segments:
                 transcript.status = "ok" if transcript.text else "empty"
         return made
+
+    def _write_down(self, held: Sequence[tuple[Transcript, Segment, Tensor]]) -> None:
+        texts = self.segments([piece for _, _, piece in held])
+        for (transcript, segment, _), found in zip(held, texts, strict=True):
+            transcript.segments.append(self._placed(found, segment))
 
     @torch.inference_mode()
     def segments(self, waveforms: Sequence[Tensor]) -> list[TextSegment]:

@@ -146,19 +146,22 @@ def transcribe_files(
 
 
 def _group(transcriber: Transcriber, group: Sequence[Recording]) -> list[dict[str, Any]]:
-    opened: list[tuple[str | bytes, dict[str, Any]] | str] = []
-    for recording in group:
-        try:
-            opened.append(recording.open())
-        except ValueError as error:
-            opened.append(" ".join(str(error).split()))
-    found = iter(transcriber([one[0] for one in opened if not isinstance(one, str)]))
-    lines = []
-    for recording, one in zip(group, opened, strict=True):
-        if isinstance(one, str):
-            lines.append({"id": recording.id, "status": "error", "error": one})
-        else:
-            lines.append({"id": recording.id, **next(found).as_json(), **one[1]})
+    lines: list[dict[str, Any]] = [{"id": recording.id} for recording in group]
+    opened: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def sources() -> Iterator[str | bytes]:
+        for recording, line in zip(group, lines, strict=True):
+            try:
+                source, known = recording.open()
+            except ValueError as error:
+                line.update(status="error", error=" ".join(str(error).split()))
+            else:
+                opened.append((line, known))
+                yield source
+
+    transcripts = transcriber(sources())
+    for (line, known), transcript in zip(opened, transcripts, strict=True):
+        line.update(transcript.as_json() | known)
     return lines
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -148,11 +149,40 @@ def test_bad_audio_has_its_reason_or_its_defined_behaviour(speaking, tmp_path):
     assert (result["ok"], result["no speech"], result["empty"]) == (3, 2, 0)
 
 
-def test_an_hour_is_transcribed_within_memory(speaking):
+def test_an_hour_is_transcribed(speaking):
     hour = torch.cat((pause(58.0), syllables(2.0))).repeat(60)
     (found,) = transcriber(speaking, by="ctc")([hour])
     assert found.seconds == 3600
     assert len(found.segments) == 60
+
+
+def test_long_recordings_do_not_stay_in_memory(speaking, monkeypatch):
+    one, alive, runs = transcriber(speaking, by="ctc", held_seconds=8.0), [], []
+    whole = transcriber(speaking, by="ctc")
+    recordings = [torch.cat((pause(9.0), syllables(3.0, seed))).repeat(3) for seed in range(5)]
+
+    def sources():
+        for recording in recordings:
+            given = recording.clone()
+            alive.append(weakref.ref(given))
+            yield given
+            del given
+            assert sum(reference() is not None for reference in alive) <= 1
+
+    def seen(self, waveforms):
+        runs.append(sum(map(len, waveforms)) / RATE)
+        assert all(waveform.untyped_storage().nbytes() == 4 * len(waveform) for waveform in waveforms)
+        return original(self, waveforms)
+
+    original = Transcriber.segments
+    monkeypatch.setattr(Transcriber, "segments", seen)
+    found = one(sources())
+    assert len(runs) == 8
+    assert max(runs) <= 8
+    monkeypatch.undo()
+    assert [transcript.as_json() for transcript in found] == [each.as_json() for each in whole(recordings)]
+    with pytest.raises(ValueError, match="held_seconds"):
+        TranscriptionConfig(held_seconds=0)
 
 
 def test_a_killed_job_goes_on_and_gives_the_same_file(speaking, tmp_path, monkeypatch):
@@ -165,6 +195,7 @@ def test_a_killed_job_goes_on_and_gives_the_same_file(speaking, tmp_path, monkey
     calls = []
 
     def killed(self, sources):
+        sources = list(sources)
         calls.append(len(sources))
         if len(calls) == 2:
             raise KeyboardInterrupt
