@@ -151,7 +151,7 @@ def targets(rounds: int) -> dict[str, Any]:
     made = {}
     shapes = {
         "tiny recipe": (ConformerConfig(dim=128, n_layers=4, n_heads=4, ffn_dim=384), (4, 512)),
-        "48M, the paper's codebooks": (ConformerConfig(dim=512, n_layers=8, n_heads=8, ffn_dim=2048), (16, 8192)),
+        "49M, the paper's codebooks": (ConformerConfig(dim=512, n_layers=8, n_heads=8, ffn_dim=2048), (16, 8192)),
     }
     features = torch.randn(len(FRAMES), int(FRAMES.max()), 80)
     for name, (conformer, (books, codes)) in shapes.items():

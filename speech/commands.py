@@ -53,6 +53,7 @@ def add_transcribe_command(commands: Any) -> None:
     add("--srt", type=Path, metavar="FOLDER", help="write subtitles as well")
     add("--vtt", type=Path, metavar="FOLDER", help="likewise")
     add("--report", type=Path, metavar="FILE", help="page with errors against references, spectrograms, the worst ones")
+    add("--questions", action="store_true", help="samples are spoken questions: their answers on the page as well")
     add("--rate", type=int, default=16_000, help="of raw PCM, 16 bits, mono, little-endian (%(default)s)")
 
 
@@ -65,6 +66,8 @@ def transcribe(options: argparse.Namespace) -> None:
         raise ValueError("what comes from standard input is written to standard output; leave the other files out")
     if not piped and options.out is None:
         raise ValueError("--out FILE is needed")
+    if options.questions and (options.report is None or options.translate):
+        raise ValueError("--questions goes with --report FILE, which shows their answers, and without --translate")
     from ..adapters.model_directory import load
     from .segments import SegmentConfig
     from .transcribe import Transcriber, TranscriptionConfig
@@ -89,7 +92,7 @@ def transcribe(options: argparse.Namespace) -> None:
         from .report import write_report
 
         result["report"] = str(options.report)
-        result |= write_report(options.out, recordings, transcriber, options.report)
+        result |= write_report(options.out, recordings, transcriber, options.report, questions=options.questions)
     print(json.dumps(result))
     if failed := result["error"] + result["empty"]:
         raise ValueError(f"{failed} of {len(recordings)} recordings have no transcript; {options.out} says why")

@@ -1,5 +1,5 @@
 """A page on a file of transcripts: errors by language and length with their intervals, how recordings ended, what is
-said where nobody speaks, and the worst transcripts with spectrograms and words at their times."""
+said where nobody speaks, answers to spoken questions, and the worst ones with spectrograms and words at their times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import difflib
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..adapters.evaluate_shards import Mean
 from ..train.files import write_text
+from ..train.run_report import table
 from .evaluate import Row, by_group, errors_in, hallucination, length_group, made_silence
 from .features import FeatureConfig, log_mel
+from .questions import SpokenAnswers, answer_questions, scores
 from .transcribe import Transcriber
 from .transcribe_files import Recording
 
@@ -34,15 +38,23 @@ img { width: 100% } .quiet { color: #667085 }
 """
 
 
-def write_report(out: Path, recordings: Sequence[Recording], transcriber: Transcriber, page: Path) -> dict[str, Any]:
+def write_report(
+    out: Path, recordings: Sequence[Recording], transcriber: Transcriber, page: Path, *, questions: bool = False
+) -> dict[str, Any]:
     """Writes the page on what `transcribe_files` wrote.
 
     Args:
         out: that file.
         recordings: it was made of.
-        transcriber: is asked about silence and noise, and for the words of the worst transcripts.
+        transcriber: is asked about silence and noise.
+        questions: the recordings are spoken questions, which its model answers by each route of
+            `herdkit.speech.questions`.
 
-    Returns: "error_rate" and "interval" where there are references, and "words_in_silence".
+    Returns: "error_rate" and "interval" where there are references, "words_in_silence", and "questions", the count,
+        accuracy and half its 95% interval by route.
+
+    Raises:
+        ValueError: see `answer_questions`.
     """
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     known = [line for line in lines if line.get("reference") and line["status"] in ("ok", "empty", "no speech")]
@@ -67,6 +79,15 @@ def write_report(out: Path, recordings: Sequence[Recording], transcriber: Transc
     if worst := [line for line, spoken in worst if _rate(line, spoken)]:
         parts.append("<h2>The worst transcripts</h2>")
         parts += [_worst(line, sources[line["id"]], transcriber) for line in worst]
+    if questions:
+        answered = list(answer_questions(transcriber, recordings, lines))
+        found = scores(answered)
+        result["questions"] = {route: asdict(mean) for route, mean in found.items()}
+        parts += ["<h2>Spoken questions</h2>", _routes(found)]
+        line_of = {line["id"]: line for line in lines}
+        for one in sorted(answered, key=lambda one: one.right("direct") + one.right("cascade"))[:WORST]:
+            if not (one.right("direct") and one.right("cascade")):
+                parts.append(_wrong(one, line_of[one.id], sources[one.id], transcriber))
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(
         page,
@@ -82,11 +103,8 @@ def _rate(line: dict[str, Any], language: str) -> float:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th{' class=n' if i else ''}>{html.escape(text)}</th>" for i, text in enumerate(headings))
-    cells = [
-        "".join(f"<td{' class=n' if i else ''}>{html.escape(text)}</td>" for i, text in enumerate(row)) for row in rows
-    ]
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+    """Names in the first column, figures in the others."""
+    return table(headings, [[html.escape(cell) for cell in row] for row in rows], right_from=1)
 
 
 def _statuses(lines: Sequence[dict[str, Any]]) -> str:
@@ -122,8 +140,26 @@ def _worst(line: dict[str, Any], recording: Recording, transcriber: Transcriber)
     return (
         f"<h3>{html.escape(line['id'])}</h3>"
         f"<img alt='spectrogram' src='data:image/png;base64,{_picture(waveform, line, transcriber)}'>"
-        f"<p>{_difference(line['reference'], line['text'])}</p>"
+        f"<p>{_difference(line.get('reference', line['text']), line['text'])}</p>"
     )
+
+
+_ROUTES = {"direct": "directly", "cascade": "the transcript (cascade)", "written": "the true words"}
+
+
+def _routes(found: Mapping[str, Mean]) -> str:
+    rows = [
+        (_ROUTES[route], f"{mean.count:,}", f"{mean.score:.1%}", f"± {mean.interval:.1%}")
+        for route, mean in found.items()
+    ]
+    return _table(("answered", "questions", "right", "interval of 95%"), rows)
+
+
+def _wrong(one: SpokenAnswers, line: dict[str, Any], recording: Recording, transcriber: Transcriber) -> str:
+    rows = [("right", " · ".join(dict.fromkeys(one.answers)))]
+    rows += [(_ROUTES[route], given or "(nothing)") for route, given in one.given.items()]
+    cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in rows)
+    return f"{_worst(line, recording, transcriber)}<table>{cells}</table>"
 
 
 def _picture(waveform: Tensor, line: dict[str, Any], transcriber: Transcriber) -> str:
