@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import herdkit
-from herdkit.adapters.chat import reply_batch
-from herdkit.adapters.evaluate import Answer, score
 from herdkit.data import ShardReader
 from herdkit.speech.evaluate import word_errors
-from herdkit.speech.transcribe import Transcriber
+from herdkit.speech.questions import SpokenAnswers, ask, in_words, scores, spoken_question
+from herdkit.speech.transcribe import Transcriber, TranscriptionConfig
 
 BATCH = 40
 
@@ -29,31 +28,29 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="folder of the tiny herd")
     parser.add_argument("--count", type=int, default=400)
     options = parser.parse_args()
-    model = herdkit.load(options.demo / "model", adapters=["speech"])
+    transcriber = Transcriber(
+        herdkit.load(options.demo / "model", adapters=["speech"]), TranscriptionConfig(batch_size=BATCH)
+    )
     reader = ShardReader(str(options.demo / "data/spoken_questions_heldout_voice/*.tar"))
     samples = [reader[i] for i in range(min(options.count, len(reader)))]
-    recordings, words = [sample.members["flac"] for sample in samples], [sample.text("txt") for sample in samples]
-    right = [sample.json()["messages"][-1]["content"] for sample in samples]
-
-    def answers(questions: list[Any]) -> list[str]:
-        found: list[str] = []
-        for first in range(0, len(questions), BATCH):
-            dialogs = [[{"role": "user", "content": one}] for one in questions[first : first + BATCH]]
-            found += reply_batch(model, dialogs, max_new_tokens=48)
-        return found
+    questions, said = [spoken_question(sample) for sample in samples], [sample.text("txt") for sample in samples]
+    prompts = [question.prompt for question in questions]
 
     started = time.perf_counter()
-    direct = answers([[{"type": "audio", "audio": one}] for one in recordings])
+    given = {"direct": ask(transcriber, prompts)}
     between = time.perf_counter()
-    heard = [transcript.text for transcript in Transcriber(model)(recordings)]
-    cascade = answers([text or " " for text in heard])
+    heard = [transcript.text for transcript in transcriber([prompt[-1].media[0].media for prompt in prompts])]
+    given["cascade"] = ask(transcriber, [in_words(*pair) for pair in zip(prompts, heard, strict=True)])
     ended = time.perf_counter()
-    routes = {"direct": direct, "cascade": cascade, "true words": answers(words)}
+    given["written"] = ask(transcriber, [in_words(*pair) for pair in zip(prompts, said, strict=True)])
+    answered = [
+        SpokenAnswers(sample.key, question.answers, said[i], heard[i], {name: given[name][i] for name in given})
+        for i, (sample, question) in enumerate(zip(samples, questions, strict=True))
+    ]
     result: dict[str, Any] = {"count": len(samples)}
-    for name, given in routes.items():
-        found = score([Answer(i, "", 0, "", *pair) for i, pair in enumerate(zip(right, given, strict=True))])
-        result[name] = {"accuracy": round(found.accuracy, 4), "interval": round(found.interval, 4)}
-    errors = word_errors(words, heard)
+    for name, mean in scores(answered).items():
+        result[name] = {"accuracy": round(mean.score, 4), "interval": round(mean.interval, 4)}
+    errors = word_errors(said, heard)
     result["word_errors"] = {"rate": round(errors.rate, 4), "interval": [round(edge, 4) for edge in errors.interval]}
     result["seconds"] = {"direct": round(between - started, 1), "cascade": round(ended - between, 1)}
     print(json.dumps(result))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from typing import Any
 
 LANGUAGES = (
@@ -49,14 +48,11 @@ def translation_dialog(audio: Any, language: str, text: str | None = None) -> li
     return _dialog(translation_prompt(language), audio, text)
 
 
-def spoken_dialog(audio: Any, text: str | None = None, history: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """The messages of a spoken turn that is to be answered, after those of `history`; it has no system prompt."""
-    return [*history, *_dialog(None, audio, text)]
-
-
-def _dialog(prompt: str | None, audio: Any, text: str | None) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = [{"role": "system", "content": prompt}] if prompt else []
-    messages.append({"role": "user", "content": [{"type": "audio", "audio": audio}]})
+def _dialog(prompt: str, audio: Any, text: str | None) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": prompt},
+        {"role": "user", "content": [{"type": "audio", "audio": audio}]},
+    ]
     return messages if text is None else [*messages, {"role": "assistant", "content": text}]
 
 

@@ -4,7 +4,6 @@ from herdkit.data.synthetic.texts import COPY_PROMPT
 from herdkit.speech.prompts import (
     BY_CHARACTERS,
     LANGUAGES,
-    spoken_dialog,
     transcription_dialog,
     transcription_prompt,
     translation_dialog,
@@ -31,10 +30,8 @@ def test_dialogs_keep_the_schema():
     for messages in (
         transcription_dialog("flac", "Thai", "text"),
         translation_dialog("wav", "English", "text"),
-        spoken_dialog("flac", "an answer", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}]),
     ):
         parsed = parse_dialog(messages, "here")
         assert parsed[-1].role == "assistant"
         assert [part.type for part in parsed[-2].parts] == ["audio"]
     assert [m["role"] for m in transcription_dialog("flac", "Thai")] == ["system", "user"]
-    assert [m["role"] for m in spoken_dialog("flac")] == ["user"]
