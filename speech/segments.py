@@ -158,8 +158,11 @@ class Segmenter:
 
 def find_segments(waveform: Tensor, sample_rate: int, config: SegmentConfig | None = None) -> list[Segment]:
     """The segments of a whole recording (samples,); neighbours that fit into `max_seconds` together are one."""
-    segmenter = Segmenter(sample_rate, config)
-    found = segmenter.push(waveform) + segmenter.finish()
+    segmenter, found = Segmenter(sample_rate, config), []
+    # In pieces, since the segmenter makes copies of what it is given.
+    for minute in waveform.split(60 * sample_rate):
+        found += segmenter.push(minute)
+    found += segmenter.finish()
     return joined(found, segmenter.config.max_seconds * sample_rate)
 
 

@@ -166,7 +166,7 @@ class Transcriber:
                 made.append(Transcript("error", error=str(error) if isinstance(source, str) else error.reason))
                 continue
             transcript = Transcript("no speech", len(waveform) / self.sample_rate)
-            clipped = float((waveform.abs() >= CLIPPED).float().mean())
+            clipped = ((waveform >= CLIPPED) | (waveform <= -CLIPPED)).count_nonzero().item() / max(len(waveform), 1)
             if clipped > CLIPPED_SHARE:
                 transcript.warnings.append(f"{clipped:.1%} of the samples are clipped")
             made.append(transcript)

@@ -39,6 +39,7 @@ def test_a_recording_says_in_a_batch_what_it_says_alone(speaking, options):
     recordings = [syllables(1.0), conversation(), pause(2.0), syllables(3.1, 5)]
     together = one(recordings)
     assert [found.status for found in together][2] == "no speech"
+    assert one([torch.zeros(0)])[0].status == "no speech"
     assert [one([recording])[0].as_json() for recording in recordings] == [found.as_json() for found in together]
     small = transcriber(speaking, batch_size=1, **options)
     assert [found.as_json() for found in small(recordings)] == [found.as_json() for found in together]
