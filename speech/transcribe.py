@@ -160,29 +160,34 @@ class Transcriber:
         held: list[tuple[Transcript, Segment, Tensor]] = []
         seconds = 0.0
         for source in sources:
-            try:
-                waveform = source if isinstance(source, Tensor) else self.load(source)
-            except MediaError as error:
-                made.append(Transcript("error", error=str(error) if isinstance(source, str) else error.reason))
-                continue
-            transcript = Transcript("no speech", len(waveform) / self.sample_rate)
-            clipped = ((waveform >= CLIPPED) | (waveform <= -CLIPPED)).count_nonzero().item() / max(len(waveform), 1)
-            if clipped > CLIPPED_SHARE:
-                transcript.warnings.append(f"{clipped:.1%} of the samples are clipped")
-            made.append(transcript)
-            for segment in find_segments(waveform, self.sample_rate, self.segment_config):
-                length = (segment.end - segment.start) / self.sample_rate
+            made.append(Transcript("no speech"))
+            for segment, piece in self._pieces(source, made[-1]):
+                length = len(piece) / self.sample_rate
                 if held and seconds + length > self.config.held_seconds:
                     self._write_down(held)
                     held, seconds = [], 0.0
-                # A copy, so that the recording does not stay for the sake of a piece.
-                held.append((transcript, segment, waveform[segment.start : segment.end].clone()))
+                held.append((made[-1], segment, piece))
                 seconds += length
         self._write_down(held)
         for transcript in made:
             if transcript.segments:
                 transcript.status = "ok" if transcript.text else "empty"
         return made
+
+    def _pieces(self, source: Any, transcript: Transcript) -> Iterator[tuple[Segment, Tensor]]:
+        """The segments of a recording, copied, so that it does not stay in memory for the sake of one; `transcript` is
+        told what is known without asking the model."""
+        try:
+            waveform = source if isinstance(source, Tensor) else self.load(source)
+        except MediaError as error:
+            transcript.status, transcript.error = "error", str(error) if isinstance(source, str) else error.reason
+            return
+        transcript.seconds = len(waveform) / self.sample_rate
+        clipped = ((waveform >= CLIPPED) | (waveform <= -CLIPPED)).count_nonzero().item() / max(len(waveform), 1)
+        if clipped > CLIPPED_SHARE:
+            transcript.warnings.append(f"{clipped:.1%} of the samples are clipped")
+        for segment in find_segments(waveform, self.sample_rate, self.segment_config):
+            yield segment, waveform[segment.start : segment.end].clone()
 
     def _write_down(self, held: Sequence[tuple[Transcript, Segment, Tensor]]) -> None:
         texts = self.segments([piece for _, _, piece in held])
