@@ -63,6 +63,9 @@ CHAIN = (
     ),
 )
 
+ROUTES = ("answer", "ctc_head", "ctc_only")
+"""How speech is written down: by the language model, by the CTC head of its encoder, by the encoder trained by CTC."""
+
 
 def run(out: Path, seed: int = 0, *, written: int = 20_000, spoken: int = 5_000, held_out: int = 400) -> dict[str, Any]:
     """Makes the data, trains the chain and examines its model.
@@ -96,22 +99,28 @@ def examine(model: ComposedModel, ctc_only: ComposedModel, samples: list[Sample]
     of_language = {
         language: [sample for sample in samples if sample.json()["language"] == language] for language in LANGUAGES
     }
-    transcription, heard = {}, {}
+    said, heard = {}, {}
     for language, chosen in of_language.items():
-        recordings, said = [sample.members["flac"] for sample in chosen], [sample.text("txt") for sample in chosen]
+        recordings = [sample.members["flac"] for sample in chosen]
+        said[language] = [sample.text("txt") for sample in chosen]
         answer = TranscriptionConfig(language=language)
         routes = {
             "answer": Transcriber(model, answer),
             "ctc_head": Transcriber(model, replace(answer, by="ctc")),
             "ctc_only": Transcriber(ctc_only, replace(answer, by="ctc")),
         }
-        texts = {name: [found.text for found in transcriber(recordings)] for name, transcriber in routes.items()}
-        heard[language] = texts["answer"]
-        transcription[language] = {"count": len(chosen)} | {
+        heard[language] = {name: [found.text for found in route(recordings)] for name, route in routes.items()}
+    said["all"] = [text for texts in said.values() for text in texts]
+    heard["all"] = {name: [text for texts in heard.values() for text in texts[name]] for name in ROUTES}
+    transcription = {
+        language: {"count": len(texts)}
+        | {
             name: {"word_error_rate": errors.rate, "interval": errors.interval}
-            for name, found in texts.items()
-            for errors in [word_errors(said, found)]
+            for name in ROUTES
+            for errors in [word_errors(texts, heard[language][name])]
         }
+        for language, texts in said.items()
+    }
     translation = {}
     for source, target in DIRECTIONS:
         chosen = of_language[source]
@@ -120,8 +129,8 @@ def examine(model: ComposedModel, ctc_only: ComposedModel, samples: list[Sample]
         direct = [found.text for found in Transcriber(model, config)([sample.members["flac"] for sample in chosen])]
         routes = {
             "direct": direct,
-            "cascade": translated(model, heard[source], target),
-            "written": translated(model, [sample.text("txt") for sample in chosen], target),
+            "cascade": translated(model, heard[source]["answer"], target),
+            "written": translated(model, said[source], target),
         }
         translation[f"{source} to {target}"] = {
             name: {
@@ -155,7 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     results = run(options.out.resolve(), options.seed)
     for language, row in results["transcription"].items():
-        rates = {name: row[name]["word_error_rate"] for name in ("answer", "ctc_head", "ctc_only")}
+        rates = {name: row[name]["word_error_rate"] for name in ROUTES}
         print(
             f"{language}: word errors {rates['answer']:.1%}, by the CTC head {rates['ctc_head']:.1%}, "
             f"by an encoder trained by CTC alone {rates['ctc_only']:.1%}"
