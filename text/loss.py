@@ -21,6 +21,9 @@ CHUNK_BYTES = 1 << 28
 """Memory of the float32 logits of one chunk. Each chunk reads the weight twice and its gradient once: fewer than about
 a hundred positions would be bound by that."""
 
+BLOCK_BYTES = 1 << 22
+"""Memory of the float32 logits that are turned into probabilities at a time on a CPU, within its caches."""
+
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES
@@ -128,21 +131,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, wide)) if to_weight else None
             loss, right = hidden.new_zeros((), dtype=wide), targets.new_zeros(())
             rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+            block = rows if part is not None or device != "cpu" else max(1, BLOCK_BYTES // (4 * weight.shape[0]))
             for start in range(0, len(targets), rows):
                 chunk, target = low_hidden[start : start + rows], targets[start : start + rows, None]
-                found = _log_softmax(product(chunk, low_weight), target, wide, part)
-                loss -= found.of_target.sum()
-                right += (found.highest <= found.of_target).sum()
-                if not (to_hidden or to_weight):
-                    continue
-                of_logits = found.log_p.exp_().scatter_add_(1, found.target, -found.there).to(low)
+                logits = product(chunk, low_weight)
+                for own, own_target in zip(logits.split(block), target.split(block), strict=True):
+                    found = _log_softmax(own, own_target, wide, part)
+                    loss -= found.of_target.sum()
+                    right += (found.highest <= found.of_target).sum()
+                    if to_hidden or to_weight:
+                        own.copy_(found.log_p.exp_().scatter_add_(1, found.target, -found.there))
+                # From here on these are their gradient.
                 if of_hidden is not None:
-                    of_hidden[start : start + rows] = product(of_logits, low_weight.T)
+                    of_hidden[start : start + rows] = product(logits, low_weight.T)
                 if of_weight is not None:
                     if low == of_weight.dtype:
-                        of_weight.addmm_(of_logits.T, chunk)
+                        of_weight.addmm_(logits.T, chunk)
                     else:
-                        of_weight += of_logits.T @ chunk
+                        of_weight += logits.T @ chunk
         ctx.gradients = of_hidden, of_weight
         ctx.mark_non_differentiable(right)
         return loss, right

@@ -1,11 +1,17 @@
 import pytest
 import torch
+from herdkit.text import loss as loss_module
 from herdkit.text.loss import linear_cross_entropy
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 N, D, V = 50, 16, 300
 CHUNK = 4 * V * 7  # seven positions, so that the last chunk is a rest
+
+
+@pytest.fixture(autouse=True, params=[4 * V * 3, 1 << 22], ids=["several-blocks", "one-block"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(loss_module, "BLOCK_BYTES", request.param)
 
 
 def made(dtype=torch.float32, seed=0):
