@@ -14,6 +14,7 @@ from .adapters.commands import add_show_command
 from .adapters.evaluate_command import add_evaluate_command
 from .data.command_line import add_command
 from .data.commands import add_shards_commands
+from .data.synthetic_command import add_synthetic_command
 from .speech.commands import add_transcribe_command
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate_command(commands)
     add_transcribe_command(commands)
     add_show_command(add_shards_commands(commands))
+    add_synthetic_command(commands)
     return parser
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shards import ShardWriter
-from . import languages, samples
+from . import annealing, languages, samples
 
 VERSION = 10
 _JOB = 250
@@ -66,21 +66,30 @@ class SetSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Sets that are made together, from the same pictures or sounds."""
+    """Sets that are made together, from the same pictures or sounds.
+
+    Args:
+        make: called with the sets, the seed, the range of a job, and both options and settings.
+        options: follow from the sets' names.
+        settings: do not, and stand in the manifest.
+        job: samples of one.
+    """
 
     sets: tuple[str, ...]
     count: int
     make: Callable[..., list[samples.Made]]
     options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    job: int = _JOB
 
     def jobs(self) -> Iterator[tuple[int, int]]:
-        job = self.count if self.make is samples.english else _JOB
-        return ((start, min(start + job, self.count)) for start in range(0, self.count, job))
+        return ((start, min(start + self.job, self.count)) for start in range(0, self.count, self.job))
 
 
 def _groups(sizes: SetSizes) -> list[_Group]:
     def group(make: Callable[..., list[samples.Made]], count: int, *sets: str, **options: Any) -> _Group:
-        return _Group(sets=sets, count=count, make=make, options=options)
+        job = count if make is samples.english else _JOB
+        return _Group(sets=sets, count=count, make=make, options=options, job=job)
 
     new = sizes.held_out
     return [
@@ -169,7 +178,10 @@ def _build(
             stack.callback(pool.shutdown, cancel_futures=True)
             submit = pool.submit
         pending = [
-            [(stop, submit(group.make, group.sets, seed, start, stop, **group.options)) for start, stop in group.jobs()]
+            [
+                (stop, submit(group.make, group.sets, seed, start, stop, **group.options, **group.settings))
+                for start, stop in group.jobs()
+            ]
             for group in todo
         ]
         for group, jobs in zip(todo, pending, strict=True):
@@ -208,6 +220,50 @@ def build_languages(
     return _build(Path(out_dir), groups, seed, workers, progress)
 
 
+def build_annealing(
+    out_dir: str | Path,
+    counts: Mapping[str, int],
+    seed: int = 0,
+    workers: int = 2,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    held_out: bool = False,
+    side: int = 336,
+) -> dict[str, dict[str, Any]]:
+    """Builds the sets of the kinds (of `herdkit.data.synthetic.annealing.KINDS`) that `counts` names and that are not
+    finished, with so many pictures of each; the rest as for `build`.
+
+    Args:
+        held_out: the test sets, whose names end in `_new`, of those kinds that hold something out.
+        side: of charts, tables, equations, flowcharts and paragraphs, in pixels.
+
+    Raises:
+        ValueError: a kind is unknown, or holds nothing out and `held_out` is asked for; or as for `build`.
+        BrowserError: there is no browser to draw screenshots with.
+    """
+    groups = []
+    for name, count in counts.items():
+        if name not in annealing.KINDS:
+            raise ValueError(f"no kind is named {name!r}; the kinds are {', '.join(annealing.KINDS)}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+        kind = annealing.KINDS[name]
+        if held_out and not kind.split:
+            splitting = ", ".join(name for name, kind in annealing.KINDS.items() if kind.split)
+            raise ValueError(f"{name} hold nothing out for tests; {splitting} do")
+        groups.append(
+            _Group(
+                sets=tuple(f"{made}_new" if held_out else made for made in kind.sets),
+                count=count,
+                make=kind.make,
+                options={**kind.options, **({"split": "new" if held_out else "train"} if kind.split else {})},
+                settings={"side": side} if kind.sized else {},
+                job=kind.job,
+            )
+        )
+    return _build(Path(out_dir), groups, seed, workers, progress)
+
+
 def _write(
     out: Path,
     group: _Group,
@@ -242,7 +298,7 @@ def _write(
 
 
 def _manifest(group: _Group, seed: int) -> dict[str, Any]:
-    return {"version": VERSION, "seed": seed, "size": group.count}
+    return {"version": VERSION, "seed": seed, "size": group.count, **group.settings}
 
 
 def _finished(folder: Path, group: _Group, seed: int) -> dict[str, Any] | None:
