@@ -7,12 +7,15 @@ never been seen in training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
 from typing import Any, Literal
 
+from PIL import Image
+
+from . import small_charts
 from .figures import INKS, NOUNS, PLACES, Structured, drawn, new_figure, points
 from .words import Question
 
@@ -21,12 +24,14 @@ Split = Literal["train", "new"]
 SUBJECTS = ("sales", "stock", "harvest", "orders")
 TITLES = tuple(f"{place} {subject}" for place in PLACES for subject in SUBJECTS)
 VALUES = range(2, 60)
+SMALL_VALUES = range(2, 21)
+"""Of charts below `SMALL_SIDE`."""
 STYLES = ("bar", "flat bar", "line", "pie", "list")
 QUESTIONS = ("largest", "smallest", "larger", "value", "count", "title")
 SMALL_SIDE = 224
-"""Below this many pixels a chart has large type, no axes, names of at most five letters, and at most five of them."""
+"""Below this many pixels charts are drawn by `small_charts`, with at most five names of at most five letters."""
 
-_MOST, _MOST_SMALL = 6, 5
+_MOST = 6
 _GAP = 0.06
 """Share of the largest value by which those differ that a question compares: one can see it."""
 
@@ -50,11 +55,13 @@ class ChartData:
         title: one of `TITLES`.
         names, values: in the order in which they are drawn; the values differ, the two largest and the two smallest
             visibly so.
+        possible: what values could have been.
     """
 
     title: str
     names: tuple[str, ...]
     values: tuple[int, ...]
+    possible: range = VALUES
 
     def text(self, numbers: bool = True) -> str:
         """As a table in markdown; without `numbers`, of the names alone."""
@@ -77,7 +84,7 @@ class ChartData:
         ]  # fmt: skip
         if numbers:
             form = f"{one} has the value {{}}"
-            choices = tuple(map(str, VALUES))
+            choices = tuple(map(str, self.possible))
             asked.append(_question("value", f"what is the value of {one}", str(values[one]), choices, form))
         rng.shuffle(asked)
         return tuple(asked)
@@ -92,20 +99,25 @@ def _question(kind: str, question: str, answer: str, choices: tuple[str, ...], f
     return Question(kind=kind, question=question, answer=answer, choices=choices, form=form)
 
 
-def chart_data(rng: Random, split: Split = "train", small: bool = False, share: float = 0.0) -> ChartData:
-    """A title and three to six whole numbers with names, or what a `small` picture has room for. Each number is at
-    least the `share` of their sum."""
+def chart_data(
+    rng: Random, split: Split = "train", small: bool = False, share: float = 0.0, possible: range = VALUES
+) -> ChartData:
+    """A title and three to six numbers, each a `possible` one and at least the `share` of their sum, with names; or as
+    many names, and as long, as a `small` picture has room for."""
     held_out = split == "new"
     title = rng.choice([title for title in TITLES if title_is_held_out(title) == held_out])
-    nouns = [noun for noun in NOUNS if len(noun) <= 5] if small else NOUNS
-    names = rng.sample(nouns, rng.randint(3, _MOST_SMALL if small else _MOST))
-    while True:
-        values = [rng.choice([v for v in VALUES if pair_is_held_out(name, v) == held_out]) for name in names]
+    allowed = {noun: [v for v in possible if pair_is_held_out(noun, v) == held_out] for noun in NOUNS}
+    nouns = [noun for noun in NOUNS if allowed[noun] and not (small and len(noun) > 5)]
+    names = rng.sample(nouns, rng.randint(3, small_charts.MOST_ROWS if small else _MOST))
+    for _ in range(1000):
+        values = [rng.choice(allowed[name]) for name in names]
         ranked = sorted(values)
         gap = _GAP * ranked[-1]
         visible = min(ranked[-1] - ranked[-2], ranked[1] - ranked[0]) >= gap
         if visible and len(set(values)) == len(values) and ranked[0] >= share * sum(values):
-            return ChartData(title, tuple(names), tuple(values))
+            return ChartData(title, tuple(names), tuple(values), possible)
+    # The few values that are held out with these names are too much alike.
+    return chart_data(rng, split, small, share, possible)
 
 
 def chart(rng: Random, style: str | None = None, side: int = 336, split: Split = "train") -> Structured:
@@ -124,38 +136,43 @@ def chart(rng: Random, style: str | None = None, side: int = 336, split: Split =
     if style not in STYLES:
         raise ValueError(f"no chart style {style!r}; there are {', '.join(STYLES)}")
     small = side < SMALL_SIDE
-    data = chart_data(rng, split, small, share=_SLICE if style == "pie" else 0.0)
+    possible = SMALL_VALUES if small else VALUES
+    data = chart_data(rng, split, small, _SLICE if style == "pie" else 0.0, possible)
+    numbers = style in ("pie", "list") or rng.random() < 0.75
+    inks = rng.sample(INKS, len(data.names)) if style == "pie" or rng.random() < 0.5 else [rng.choice(INKS)]
+    if small:
+        picture = small_charts.draw(style, data.title, data.names, data.values, numbers, inks, side)
+    else:
+        picture = _draw(style, data, numbers, inks, side, rng)
+    return Structured(picture, data.text(numbers), "markdown", data.questions(rng, numbers), style)
+
+
+def _draw(style: str, data: ChartData, numbers: bool, inks: Sequence[str], side: int, rng: Random) -> Image.Image:
     look = _Look(
-        numbers=style in ("pie", "list") or rng.random() < 0.75,
-        type=max(10.0, min(side * 0.07, 15.0)),
-        inks=rng.sample(INKS, len(data.names)) if style == "pie" or rng.random() < 0.5 else [rng.choice(INKS)],
-        axes=not small and rng.random() < 0.7,
+        numbers=numbers,
+        size=points(min(side * 0.07, 15.0)),
+        inks=inks,
+        axes=rng.random() < 0.7,
         grid=rng.random() < 0.5,
         marker=rng.choice("os^"),
     )
     figure = new_figure(side)
-    figure.text(0.5, 0.94, data.title, ha="center", va="center", fontsize=points(look.type * 1.15))
+    figure.text(0.5, 0.94, data.title, ha="center", va="center", fontsize=look.size * 1.15)
     axes = figure.add_axes((0.14, 0.13, 0.83, 0.75) if look.axes else (0.03, 0.11, 0.94, 0.76))
     _DRAWERS[style](axes, data, look)
-    picture = drawn(figure, tight=False)
-    questions = data.questions(rng, look.numbers)
-    return Structured(picture, data.text(look.numbers), "markdown", questions, style)
+    return drawn(figure, tight=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """What no question asks for; `type` is the height of letters in pixels."""
+    """What no question asks for; `size` is that of the type in points."""
 
     numbers: bool
-    type: float
-    inks: list[str]
+    size: float
+    inks: Sequence[str]
     axes: bool
     grid: bool
     marker: str
-
-    @property
-    def size(self) -> float:
-        return points(self.type)
 
 
 def _upright(axes: Any, data: ChartData, look: _Look) -> None:
@@ -164,7 +181,7 @@ def _upright(axes: Any, data: ChartData, look: _Look) -> None:
     axes.set_ylim(0, top)
     axes.set_xlim(-0.5, len(data.names) - 0.5)
     for i, (name, value) in enumerate(zip(data.names, data.values, strict=True)):
-        axes.text(i, -0.03 * top, name, ha="center", va="top", fontsize=look.size * (1 if look.type > 11 else 0.92))
+        axes.text(i, -0.03 * top, name, ha="center", va="top", fontsize=look.size)
         if look.numbers:
             axes.text(i, value + 0.05 * top, str(value), ha="center", va="bottom", fontsize=look.size)
     axes.set_xticks([])
