@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from torch.distributed._functional_collectives import all_gather_tensor, all_gat
 from torch.nn import functional as F
 
 from ..text.context_parallel import own_chunks, own_positions
-from ..text.distribute import distribute, divide
+from ..text.distribute import distribute, divide, read_own
 from ..text.model import Transformer
 from ..text.objective import token_loss
 from ..text.parallel import Stage, require_fits, stages
@@ -33,7 +33,7 @@ from ..train.layout import Layout, LayoutError
 from ..train.objective import Objective, Outcome
 from ..train.pipeline import Pipeline, StageModule
 from ..train.place import Place
-from ..train.portions import SharedTensors, WholeTensors, portions
+from ..train.portions import SharedTensors, WholeTensors
 from ..train.sharding import shard_block
 from .batching import Batch
 from .compose import ComposedModel
@@ -93,7 +93,7 @@ def distributed_composition(
     if place.replicas_alone:
         distribute(model.text, place)
         if model.text.tok_embeddings.weight.is_meta:
-            _read(weights, model.text, [model.text])
+            read_own(weights, model.text, [model.text])
         yield DistributedComposition(model, None, place, names)
         return
     require_fits(model.text.config, place.layout, row_length)
@@ -102,11 +102,11 @@ def distributed_composition(
         part = ComposedPart(model, text, place)
         if place.layout.pipeline == 1:
             pipeline = distribute(text, place)
-            _read(weights, text, [text])
+            read_own(weights, text, [text])
         else:
             parts = cut(text, place)
             pipeline = _pipeline_of(model, text, parts, place)
-            _read(weights, text, parts.values())
+            read_own(weights, text, parts.values())
         yield DistributedComposition(part, pipeline, place, names)
 
 
@@ -116,14 +116,6 @@ def _outlined(text: Transformer, weights: Weights) -> Transformer:
     for name, parameter in outline.named_parameters():
         parameter.requires_grad_(text.get_parameter(name).requires_grad)
     return outline.train(text.training)
-
-
-def _read(weights: Weights, text: Transformer, modules: Iterable[Transformer]) -> None:
-    """Reads what this process keeps of the language model, `text`, whose tensors are in `modules`."""
-    for module in modules:
-        module.to_empty(device=parallel.device())
-    kept = portions(dict(text.named_parameters()))
-    parallel.on_each(lambda: weights.read(kept))
 
 
 def require_adapters_fit(model: ComposedModel, layout: Layout) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,11 +102,20 @@ def share_out(weights: Weights, place: Place, row_lengths: Collection[int]) -> D
         require_fits(weights.config, place.layout, length)
     own = weights.outline()
     pipeline = distribute(own, place)
-    for module in (own,) if pipeline is None else pipeline.stages.values():
-        module.to_empty(device=parallel.device())
-    kept = portions(dict(own.named_parameters()))
-    parallel.on_each(lambda: weights.read(kept))
+    read_own(weights, own, (own,) if pipeline is None else pipeline.stages.values())
     return DistributedModel(own, place, pipeline)
+
+
+def read_own(weights: Weights, model: Transformer, modules: Iterable[nn.Module]) -> None:
+    """Gives this process's part of a model on the meta device its memory and weights. All processes call it.
+
+    Args:
+        modules: that have its tensors: the model, or in a pipeline the stages.
+    """
+    for module in modules:
+        module.to_empty(device=parallel.device())
+    kept = portions(dict(model.named_parameters()))
+    parallel.on_each(lambda: weights.read(kept))
 
 
 def divide(model: Transformer, root: nn.Module, place: Place, embeds: bool = True) -> None:
