@@ -39,16 +39,7 @@ def measure(small, start, to, layout):
 
 
 def pass_through(start, to, place):
-    found = {}
-
-    def grown(what, function):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = TEXT["status"]("VmRSS")
-        made = function()
-        found[what] = TEXT["status"]("VmHWM") - before
-        parallel.barrier()
-        return made
-
+    found, grown = {}, TEXT["grown"]
     with ExitStack() as left:
 
         def read():
@@ -57,8 +48,8 @@ def pass_through(start, to, place):
             model.attach(MemoryAdapter(ToyConfig(), model.text.config))
             return model, left.enter_context(distributed_composition(model, weights, place, 16))
 
-        model, part = grown("read", read)
-        grown("written", lambda: save(model, to, shared=part.tensors()))
+        model, part = grown(found, "read", read)
+        grown(found, "written", lambda: save(model, to, shared=part.tensors()))
         return found | {"kept": sum(parallel.local(p).nbytes for p in part.model.text.parameters())}
 
 

@@ -72,6 +72,16 @@ def status(key):
     return int(re.search(key + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+def grown(found, what, function):
+    """What a function makes; into `found`, the bytes by which resident memory grew at most meanwhile."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    made = function()
+    found[what] = status("VmHWM") - before
+    parallel.barrier()
+    return made
+
+
 def measure(tokenizer, start, to, layout):
     """Bytes by which resident memory grew at most while a model was drawn, read, and written."""
     ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed is given back
@@ -80,19 +90,13 @@ def measure(tokenizer, start, to, layout):
     save_text(small.weights(), tokenizer, to / "small")  # what is imported and allocated once
     config = TransformerConfig(**BIG)
 
-    def grown(what, function):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = status("VmRSS")
-        made = function()
-        found[what] = status("VmHWM") - before
-        parallel.barrier()
-        return made
-
-    part = grown("drawn", lambda: share_out(DrawnWeights(config, 0), place, ()))
-    grown("written", lambda: save_text(part.weights(), tokenizer, start, "huggingface", max_shard_bytes=50 << 20))
+    part = grown(found, "drawn", lambda: share_out(DrawnWeights(config, 0), place, ()))
+    grown(
+        found, "written", lambda: save_text(part.weights(), tokenizer, start, "huggingface", max_shard_bytes=50 << 20)
+    )
     del part
-    part = grown("read", lambda: share_out(open_text(start)[0], place, ()))
-    grown("in one file", lambda: save_text(part.weights(), tokenizer, to / "big"))
+    part = grown(found, "read", lambda: share_out(open_text(start)[0], place, ()))
+    grown(found, "in one file", lambda: save_text(part.weights(), tokenizer, to / "big"))
     found["kept"] = sum(parallel.local(p).nbytes for p in part.model.parameters())
     return found
 
