@@ -109,7 +109,8 @@ class ByteCache:
             entry.reserve(size)
             yield entry
             entry.close()
-            temporary.replace(path)
+            with self._locked("total"):  # a listing meanwhile could meet the file under both names or under none
+                temporary.replace(path)
         except BaseException:
             entry.position = 0
             entry.close()

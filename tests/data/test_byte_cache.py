@@ -119,6 +119,27 @@ def test_what_killed_processes_left(tmp_path):
     assert used(tmp_path) <= 1000
 
 
+def test_no_entry_changes_its_name_while_the_folder_is_listed(tmp_path):
+    cache, written = ByteCache(tmp_path, 1000), threading.Event()
+
+    def finish():
+        with cache._entry("a", 10) as entry:
+            entry.write(bytes(10))
+            written.set()
+            listed.wait(60)
+
+    listed, thread = threading.Event(), threading.Thread(target=finish)
+    thread.start()
+    assert written.wait(60)
+    with cache._locked("total"):
+        listed.set()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert cache.size("a") is None
+    thread.join(60)
+    assert cache.size("a") == 10
+
+
 def _use(job):
     """Some work on a cache that others use too; the largest size seen, and whether any entry was wrong."""
     folder, seed = job
