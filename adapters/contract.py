@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..text.model import TransformerConfig
+from ..train.portions import Source
 
 Visibility = Literal["latest", "all"]
 """Which inputs a text position sees in memory: those of the latest run of placeholders before it (the rule of
@@ -119,7 +120,12 @@ class InterleavedLayer(nn.Module, ABC):
 
     Keys and values are computed once for each input and kept for decoding. `compose` hands the layer, for
     each row, those of the inputs that stand in the row, and drops its result at positions that see nothing.
+
+    Attributes:
+        source: of a layer on the meta device, where its weights are to be read; see `herdkit.adapters.deferred`.
     """
+
+    source: Source | None = None
 
     @abstractmethod
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,8 @@ inputs of its rows, or of their tokens.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +36,7 @@ from ..train.sharding import shard_block
 from .batching import Batch
 from .compose import ComposedModel
 from .contract import Contribution, InterleavedLayer, ModalityBatch, Placements
+from .deferred import read_layers
 from .objective import next_token
 
 
@@ -70,15 +69,13 @@ class DistributedComposition:
         }
 
 
-@contextmanager
-def distributed_composition(
-    model: ComposedModel, weights: Weights, place: Place, row_length: int
-) -> Iterator[DistributedComposition]:
-    """Meanwhile a composed model is shared out among the processes of a layout. None of them ever has memory for more
-    of the language model than its part and one tensor. Adapters all of them have whole before, with the same weights.
+def share_out(model: ComposedModel, weights: Weights, place: Place, row_length: int) -> DistributedComposition:
+    """Makes this process's part of a composed model. None of them ever has memory for more of the language model than
+    its part and one tensor, nor, of layers that have none yet (`herdkit.adapters.deferred`), than its part and one
+    layer. All else of the adapters all of them have whole before, with the same weights. All processes call it.
 
     Args:
-        model: its language model may be on the meta device. Afterwards it is of no use.
+        model: its language model may be on the meta device. Afterwards it is of no use but to tell sizes.
         weights: of the language model.
         row_length: of the longest rows; others are multiples of `herdkit.text.parallel.row_unit`.
 
@@ -94,20 +91,26 @@ def distributed_composition(
         distribute(model.text, place)
         if model.text.tok_embeddings.weight.is_meta:
             read_own(weights, model.text, [model.text])
-        yield DistributedComposition(model, None, place, names)
-        return
+        _read_layers(model)
+        return DistributedComposition(model, None, place, names)
     require_fits(model.text.config, place.layout, row_length)
     text = _outlined(model.text, weights)
-    with _own_layers(model, place):
-        part = ComposedPart(model, text, place)
-        if place.layout.pipeline == 1:
-            pipeline = distribute(text, place)
-            read_own(weights, text, [text])
-        else:
-            parts = cut(text, place)
-            pipeline = _pipeline_of(model, text, parts, place)
-            read_own(weights, text, parts.values())
-        yield DistributedComposition(part, pipeline, place, names)
+    _divide_layers(model, place)
+    part, pipeline = ComposedPart(model, text, place), None
+    if place.layout.pipeline == 1:
+        distribute(text, place)
+        read_own(weights, text, [text])
+    else:
+        parts = cut(text, place)
+        pipeline = _pipeline_of(model, text, parts, place)
+        read_own(weights, text, parts.values())
+    _read_layers(model)
+    return DistributedComposition(part, pipeline, place, names)
+
+
+def _read_layers(model: ComposedModel) -> None:
+    layers = [layer for adapter in model.adapters.values() for layer in adapter.interleaved().values()]
+    parallel.on_each(lambda: read_layers(layers, parallel.device()))
 
 
 def _outlined(text: Transformer, weights: Weights) -> Transformer:
@@ -255,28 +258,16 @@ def _run(part: ComposedPart, x: Tensor | None, batch: Batch) -> Tensor:
     return part.hidden(rows.tokens, wanted, embeddings=x, documents=rows.documents)
 
 
-@contextmanager
-def _own_layers(model: ComposedModel, place: Place) -> Iterator[None]:
-    """Meanwhile adapters have the interleaved layers of this process's stages alone, and what is stored in shards of
-    them."""
+def _divide_layers(model: ComposedModel, place: Place) -> None:
+    """Leaves adapters the interleaved layers of this process's stages alone, and what is stored in shards of them."""
     everything = stages(model.text.config, place.config)
     own = {i for stage in everything[place.at.pipeline :: place.config.pipeline] for i in stage.layers}
-    with ExitStack() as restored:
-        for adapter in model.adapters.values():
-            layers = adapter.interleaved()
-            kept = {i: layer for i, layer in layers.items() if i in own}
-            if place.storage is not None:
-                kept = copy.deepcopy(kept)
-                for layer in kept.values():
-                    shard_block(layer, place, place.config.reshard, methods=["keys_values"])
-            replaced = {id(layer): kept.get(i) for i, layer in layers.items()}
-            for parent in list(adapter.modules()):
-                restored.callback(setattr, parent, "_modules", parent._modules)
-                parent._modules = {
-                    name: replaced.get(id(child), child)
-                    for name, child in parent._modules.items()
-                    if replaced.get(id(child), child) is not None or child is None
-                }
-            adapter.interleaved = lambda kept=kept: kept  # type: ignore[method-assign]
-            restored.callback(vars(adapter).pop, "interleaved")
-        yield
+    for adapter in model.adapters.values():
+        layers = adapter.interleaved()
+        kept = {i: layer for i, layer in layers.items() if i in own}
+        dropped = {layer for i, layer in layers.items() if i not in own}
+        for parent in list(adapter.modules()):
+            parent._modules = {name: child for name, child in parent._modules.items() if child not in dropped}
+        for layer in kept.values():
+            shard_block(layer, place, place.config.reshard, methods=["keys_values"])
+        adapter.interleaved = lambda kept=kept: kept  # type: ignore[method-assign]

@@ -17,6 +17,7 @@ import torch
 from ..text.interchange.meta import PARAMS
 from ..text.interchange.tensor_files import read_json
 from ..text.model_directory import find_layout
+from ..text.weights import HeldWeights, Weights
 from .compose import ComposedModel
 
 GROUP = "herdkit.layouts"
@@ -43,6 +44,16 @@ class ComposedLayout(ABC):
         Raises:
             ModelDirectoryError: as `build`; tensors that are missing, surplus, ill-shaped or not finite.
         """
+
+    def open(self, path: Path) -> tuple[ComposedModel, Weights]:
+        """The model of a directory for training, as `herdkit.adapters.model_directory.open_model` gives it. Here it is
+        read whole; layouts whose tensors can be read one by one do without.
+
+        Raises:
+            ModelDirectoryError: as `load`.
+        """
+        model = self.load(path, torch.float32)
+        return model, HeldWeights.of(model.text)
 
     @abstractmethod
     def refusal(self, model: ComposedModel) -> str | None:

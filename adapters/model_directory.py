@@ -6,12 +6,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..text.interchange.directory_weights import write
+from ..text.interchange.tensor_files import Piece, StoredTensors
 from ..text.model import TransformerConfig
 from ..text.model_directory import (
     Layout,
@@ -19,7 +21,6 @@ from ..text.model_directory import (
     dataclass_from_dict,
     find_layout,
     load_model,
-    load_part,
     open_text,
     read_config,
     save_text,
@@ -33,6 +34,7 @@ from ..train.portions import WholeTensors
 from .batching import Port
 from .compose import ComposedModel
 from .contract import Adapter
+from .deferred import read_adapter, read_layers, without_memory
 from .layouts import layout_for, layout_of
 from .registry import adapter_class
 
@@ -114,16 +116,17 @@ def load(
 
 
 def open_model(path: str | os.PathLike) -> tuple[ComposedModel, Weights]:
-    """The model of a directory with its language model on the meta device, and the weights of that, to be read by what
-    shares them out; adapters as by `load`, in float32.
+    """The model of a directory for training, in float32, and the weights of its language model, which is on the meta
+    device: what shares the model out reads them, as those of the adapters' layers that can do without memory until then
+    (`herdkit.adapters.deferred`).
 
     Raises:
         ModelDirectoryError: as `load`, but for what is wrong with the language model's weights: reading them says it.
     """
     path = Path(path)
-    if layout_of(path) is not None:
-        model = load(path, dtype=torch.float32)
-        return model, HeldWeights.of(model.text)
+    if (found := layout_of(path)) is not None:
+        model, weights = found[0].open(found[1])
+        return model.eval(), weights
     weights, tokenizer = open_text(path)
     model = ComposedModel(weights.outline(), tokenizer)
     _attach(model, path, None)
@@ -155,9 +158,12 @@ def attach_adapters(
     """
     path = Path(path)
     found = layout_of(path)
-    donor = None if found is None else found[0].load(found[1], model.text.tok_embeddings.weight.dtype)
-    own = weights or HeldWeights.of(model.text)
-    stored, tokenizer = open_text(path) if donor is None else (HeldWeights.of(donor.text), donor.tokenizer)
+    donor, own = None, weights or HeldWeights.of(model.text)
+    if found is None:
+        stored, tokenizer = open_text(path)
+    else:
+        donor, stored = found[0].open(found[1])
+        tokenizer = donor.tokenizer
     if not (own.config == stored.config if other_weights else own.equal(stored)):
         raise ModelDirectoryError(f"{path}: its adapters were trained for another language model than this one")
     if tokenizer is not None and model.tokenizer is not None and not tokenizer.same_tokens(model.tokenizer):
@@ -173,6 +179,8 @@ def attach_adapters(
         raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {names}")
     for name, adapter in donor.adapters.items():
         if name in chosen:
+            if weights is None:
+                read_layers(adapter.interleaved().values(), torch.device("cpu"))
             _join(model, adapter)
 
 
@@ -211,8 +219,11 @@ def _attach(model: ComposedModel, path: Path, adapters: Sequence[str] | None) ->
     for name, entry in configs.items():
         if adapters is not None and name not in adapters:
             continue
-        adapter = _build(path, name, entry, model.text.config)
-        load_part(adapter, path / f"{name}.safetensors")
+        with without_memory() if model.text.tok_embeddings.weight.is_meta else nullcontext():
+            adapter = _build(path, name, entry, model.text.config)
+        state = adapter.state_dict()
+        pieces = {path / f"{name}.safetensors": [Piece(key, key) for key in state]}
+        read_adapter(adapter, StoredTensors(pieces, state))
         _join(model, adapter)
 
 

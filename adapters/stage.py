@@ -15,7 +15,7 @@ from ..train.place import Place
 from ..train.recipe import StageRecipe, train_by
 from .batching import DialogCollator, Port
 from .compose import ComposedModel
-from .distribute import distributed_composition
+from .distribute import share_out
 from .model_directory import attach_adapters, open_model, save
 from .objective import next_token
 
@@ -50,8 +50,8 @@ class AdapterRecipe(StageRecipe):
 
 
 def initial_model(recipe: AdapterRecipe) -> tuple[ComposedModel, Weights]:
-    """The model of `recipe.init`, with the adapters of `recipe.attach`, in float32 as training needs it; its language
-    model is on the meta device, and whoever shares it out reads the weights."""
+    """The model of `recipe.init`, with the adapters of `recipe.attach`, as `open_model` gives it, in float32 as
+    training needs it."""
     model, weights = open_model(recipe.init)
     for path in recipe.attach:
         attach_adapters(model, path, weights=weights)
@@ -100,8 +100,8 @@ def train_on_dialogs(
         lengths=collate.lengths,
         drop_last=not place.replicas_alone,  # every process has to run the layers that it stores a part of
     )
-    with distributed_composition(model, weights, place, data.row_length) as part:
-        objective = part.objective(objective)
-        result = train_by(recipe, part.model, loader, objective, run_dir, place=place, pipeline=part.pipeline)
-        save(model, run_dir / "model", shared=part.tensors())
+    part = share_out(model, weights, place, data.row_length)
+    objective = part.objective(objective)
+    result = train_by(recipe, part.model, loader, objective, run_dir, place=place, pipeline=part.pipeline)
+    save(model, run_dir / "model", shared=part.tensors())
     return result

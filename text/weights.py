@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..train.portions import Portion
+from ..train.portions import HeldTensors, Portion, Source
 from .model import Transformer, TransformerConfig, init_weight
 
 
@@ -59,12 +59,20 @@ class HeldWeights(Weights):
         return cls(model.config, model)
 
     def read(self, into: Mapping[str, Portion]) -> None:
-        whole = dict(self.model.named_parameters())
-        for name, portion in into.items():
-            portion.tensor.copy_(whole[name].detach()[portion.region])
+        HeldTensors(dict(self.model.named_parameters())).read(into)
 
     def outline(self) -> Transformer:
         return super().outline().to(self.model.tok_embeddings.weight.dtype)
+
+
+@dataclass(frozen=True)
+class SourcedWeights(Weights):
+    """Those that `source` has under the names of the model's parameters."""
+
+    source: Source
+
+    def read(self, into: Mapping[str, Portion]) -> None:
+        self.source.read(into)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,36 @@ def _region(tensor: Tensor) -> Region:
         return tuple(slice(0, size) for size in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def read(self, into: Mapping[str, Portion]) -> None:
+        """Fills what this process keeps of some of them, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldTensors:
+    """Those that this process has in memory, whole, by name."""
+
+    tensors: Mapping[str, Tensor]
+
+    def read(self, into: Mapping[str, Portion]) -> None:
+        for name, portion in into.items():
+            portion.tensor.copy_(self.tensors[name].detach()[portion.region])
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """The tensors of a part of a model: those whose names begin with `prefix`, which the part leaves out."""
+
+    source: Source
+    prefix: str
+
+    def read(self, into: Mapping[str, Portion]) -> None:
+        self.source.read({self.prefix + name: portion for name, portion in into.items()})
 
 
 class WholeTensors:

@@ -3,10 +3,12 @@ paper; sizes and placement as in the released Llama 3.2 Vision)."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from ..adapters.contract import Adapter, Contribution, InterleavedLayer
 from ..adapters.cross_attention import GatedCrossAttention
+from ..adapters.deferred import interleaved_layers
 from ..text.model import TransformerConfig
 from .encoder import VisionTransformer
 from .interchange import build_encoder, load_vision_state
@@ -143,9 +146,9 @@ class ImageAdapter(Adapter):
         side = config.memory_positions
         self.memory_position = nn.Parameter(torch.randn(side, side, text.dim)) if side else None
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
-        self.cross_attention = nn.ModuleDict(
-            {str(i): cross_attention(text, config.ffn_dim, config.gate_init) for i in config.places(text.n_layers)}
-        )
+        make = partial(cross_attention, text, config.ffn_dim, config.gate_init)
+        places = config.places(text.n_layers)
+        self.cross_attention = interleaved_layers(self.modality, dict.fromkeys(places, make))
 
     def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
         """As in `Adapter.forward`.
@@ -206,7 +209,7 @@ class ImageAdapter(Adapter):
         self.config = replace(self.config, encoder={**self.config.encoder, **changes})
 
     @torch.no_grad()
-    def with_tiles_of(self, image_size: int, text: TransformerConfig) -> ImageAdapter:
+    def with_tiles_of(self, image_size: int) -> ImageAdapter:
         """A copy whose encoder takes tiles of another side in pixels: its tables of positions are stretched, all other
         weights are the same (section 7.2: annealing goes on with larger tiles).
 
@@ -215,13 +218,14 @@ class ImageAdapter(Adapter):
         """
         if not isinstance(self.encoder, VisionTransformer):
             raise ValueError(f"the tile size of a {type(self.encoder).__name__} cannot be changed")
-        encoder = {**self.config.encoder, "image_size": image_size}
-        copy = ImageAdapter(replace(self.config, encoder=encoder), text)
-        assert isinstance(copy.encoder, VisionTransformer)
-        load_vision_state(copy.encoder, self.encoder)
-        stretched_encoder = {f"encoder.{name}": tensor for name, tensor in copy.encoder.state_dict().items()}
-        copy.load_state_dict(self.state_dict() | stretched_encoder)
-        return copy.to(self.placeholder_embedding).train(self.training)
+        changed = copy.deepcopy(self)
+        changed.config = replace(self.config, encoder={**self.config.encoder, "image_size": image_size})
+        encoder = build_encoder(changed.config.encoder)
+        assert isinstance(encoder, VisionTransformer)
+        load_vision_state(encoder, self.encoder)
+        changed.encoder = encoder.to(self.placeholder_embedding).train(self.training)
+        changed.prepare = ImagePreparation(tile_size=encoder.image_size, max_tiles=encoder.max_tiles)
+        return changed
 
     def shared(self, group: ProcessGroup, **required: nn.Module) -> AbstractContextManager[None] | None:
         return share_tokens(self.encoder, group) if isinstance(self.encoder, VisionTransformer) else None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..adapters.deferred import without_memory
 from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..data.sources import DataConfig, open_loader
 from ..text.model_directory import load_part, load_text, save_part
@@ -106,7 +107,8 @@ def pretrain_image_adapter(recipe: ImagePretrainRecipe, run_dir: Path) -> dict[s
     """Attaches a new image adapter and trains it, with its encoder, on captions."""
     torch.manual_seed(recipe.trainer.seed)
     model, weights = initial_model(recipe)
-    adapter = ImageAdapter(recipe.adapter, model.text.config)
+    with without_memory(recipe.trainer.seed):
+        adapter = ImageAdapter(recipe.adapter, model.text.config)
     if recipe.encoder_weights:
         load_encoder(adapter.encoder, Path(recipe.encoder_weights))
     model.attach(adapter)
@@ -146,7 +148,7 @@ def anneal_image_adapter(recipe: ImageAnnealRecipe, run_dir: Path) -> dict[str, 
     if recipe.image_size not in (None, image.encoder.image_size):
         if users := [name for name, other in model.adapters.items() if "image" in other.requires]:
             raise ValueError(f"image_size: {', '.join(users)} of {recipe.init} cannot follow to tiles of another size")
-        model.image = image.with_tiles_of(recipe.image_size, model.text.config)
+        model.image = image.with_tiles_of(recipe.image_size)
     return train_on_dialogs(recipe, model, weights, run_dir)
 
 
@@ -168,7 +170,8 @@ def pretrain_video_adapter(recipe: VideoPretrainRecipe, run_dir: Path) -> dict[s
     """Attaches a new video adapter and trains it on captions; all else stays as it is (section 7.4)."""
     torch.manual_seed(recipe.trainer.seed)
     model, weights = initial_model(recipe)
-    adapter = VideoAdapter(recipe.adapter, model.text.config)
+    with without_memory(recipe.trainer.seed):
+        adapter = VideoAdapter(recipe.adapter, model.text.config)
     if recipe.see_as_image:
         image = model.adapters.get("image")
         if not isinstance(image, ImageAdapter):

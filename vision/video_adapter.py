@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -14,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from ..adapters.contract import Adapter, Contribution, InterleavedLayer
 from ..adapters.cross_attention import pass_unchanged
+from ..adapters.deferred import interleaved_layers, take_weights
 from ..adapters.resampler import PerceiverResampler
 from ..text.model import TransformerConfig
 from .image_adapter import ImageAdapter, cross_attention, placement
@@ -160,13 +162,9 @@ class VideoAdapter(Adapter):
         self.output_projection = nn.Linear(config.dim, text.dim)
         pass_unchanged(self.input_projection.weight, self.output_projection.weight)
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
-        image_places = placement(text.n_layers, config.n_image_layers)
-        self.cross_attention = nn.ModuleDict(
-            {
-                str(i): cross_attention(text, config.ffn_dim, config.gate_init)
-                for i in image_places[config.every - 1 :: config.every]
-            }
-        )
+        make = partial(cross_attention, text, config.ffn_dim, config.gate_init)
+        places = placement(text.n_layers, config.n_image_layers)[config.every - 1 :: config.every]
+        self.cross_attention = interleaved_layers(self.modality, dict.fromkeys(places, make))
 
     def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
         """As in `Adapter.forward`; `required` holds the image adapter.
@@ -224,9 +222,9 @@ class VideoAdapter(Adapter):
             if place not in image.cross_attention:
                 raise ValueError(f"the image adapter has no layer before text layer {place}")
             try:
-                layer.load_state_dict(image.cross_attention[place].state_dict())
-            except RuntimeError as error:
-                raise ValueError(f"the image adapter's layer before text layer {place} is of another size") from error
+                take_weights(layer, image.cross_attention[place])  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"the image adapter's layer before text layer {place} {error}") from error
 
     def interleaved(self) -> Mapping[int, InterleavedLayer]:
         return {int(i): layer for i, layer in self.cross_attention.items()}  # type: ignore[misc]

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from herdkit.adapters import ModalityBatch, Placements, compose
 from herdkit.adapters.batching import Batch
-from herdkit.adapters.distribute import distributed_composition
+from herdkit.adapters.distribute import share_out
 from herdkit.adapters.objective import next_token
 from herdkit.text.rows import IGNORE, TokenBatch
 from herdkit.text.weights import HeldWeights
@@ -100,36 +100,36 @@ def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=No
     place = Place(ParallelConfig(**layout))
     model = make_model(getattr(torch, dtype))
     updates = []
-    with distributed_composition(model, HeldWeights.of(model.text), place, LENGTH) as part:
-        names = {id(p): name for name, p in part.model.named_parameters()}
+    part = share_out(model, HeldWeights.of(model.text), place, LENGTH)
+    names = {id(p): name for name, p in part.model.named_parameters()}
 
-        def record(optimizer, _args, _kwargs):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            updates.append({names[id(p)]: whole(p.grad).clone() for p in parameters if p.grad is not None})
+    def record(optimizer, _args, _kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        updates.append({names[id(p)]: whole(p.grad).clone() for p in parameters if p.grad is not None})
 
-        hook = register_optimizer_step_pre_hook(record)
-        try:
-            result = train(
-                part.model,
-                Rows(place.data, place.layout.data, accumulate, stop_after),
-                part.objective(next_token),
-                trainer=TrainerConfig(steps=STEPS, batch_size=ROWS, accumulate=accumulate, checkpoint_every=1),
-                optimizer=OptimizerConfig(lr=1e-3),
-                schedule=ScheduleConfig(),
-                freeze=[FreezeRule(pattern=pattern, trainable=False) for pattern in freeze],
-                run_dir=run_dir,
-                place=place,
-                pipeline=part.pipeline,
-            )
-        except KeyboardInterrupt:
-            return None
-        finally:
-            hook.remove()
-        weights = {
-            f"{name}.{key}": tensor.clone()
-            for name, tensors in part.tensors().items()
-            for key, tensor in tensors.of_file(list(tensors.kinds))
-        }
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        result = train(
+            part.model,
+            Rows(place.data, place.layout.data, accumulate, stop_after),
+            part.objective(next_token),
+            trainer=TrainerConfig(steps=STEPS, batch_size=ROWS, accumulate=accumulate, checkpoint_every=1),
+            optimizer=OptimizerConfig(lr=1e-3),
+            schedule=ScheduleConfig(),
+            freeze=[FreezeRule(pattern=pattern, trainable=False) for pattern in freeze],
+            run_dir=run_dir,
+            place=place,
+            pipeline=part.pipeline,
+        )
+    except KeyboardInterrupt:
+        return None
+    finally:
+        hook.remove()
+    weights = {
+        f"{name}.{key}": tensor.clone()
+        for name, tensors in part.tensors().items()
+        for key, tensor in tensors.of_file(list(tensors.kinds))
+    }
     keep = ("tokens", "parameters", "trained_parameters")
     return {
         "updates": updates,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from herdkit.adapters import compose
-from herdkit.adapters.distribute import distributed_composition, require_adapters_fit
+from herdkit.adapters.distribute import require_adapters_fit, share_out
 from herdkit.text import preset as text_preset
 from herdkit.text.parallel import stages
 from herdkit.text.weights import HeldWeights
@@ -69,8 +69,8 @@ def test_a_process_by_itself_runs_its_layers_as_the_layout_says(key):
     value = {"recompute": "full", "compile": "aot_eager"}[key]
     model = compose(text_model(), speech=SoftAdapter(ToyConfig(), TEXT))
     place = Place(ParallelConfig(**{key: value}))
-    with distributed_composition(model, HeldWeights.of(model.text), place, 16) as part:
-        assert all(isinstance(layer.forward, partial) for layer in part.model.text.layers)
+    part = share_out(model, HeldWeights.of(model.text), place, 16)
+    assert all(isinstance(layer.forward, partial) for layer in part.model.text.layers)
 
 
 def test_a_run_goes_on_in_another_layout(finish_program, tmp_path, alone):

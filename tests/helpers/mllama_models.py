@@ -65,6 +65,14 @@ def tiny(taps: tuple[int, ...] = (1, 3), **text) -> MllamaForConditionalGenerati
     return model
 
 
+def tokenizer() -> Tokenizer:
+    """With a token for every id of the vocabulary."""
+    extra = ["".join(chr(97 + (i + j) % 26) for j in range(k)) for k in range(2, 12) for i in range(26)]
+    found = Tokenizer.train(["a red circle and a blue square stand beside a green star", *extra] * 3, VOCAB)
+    assert found.vocab_size == VOCAB
+    return found
+
+
 def by_meta(model: MllamaForConditionalGeneration) -> MllamaForConditionalGeneration:
     """The model with the two things put right that transformers does otherwise than Meta's code: which states are
     tapped, and that text before an image sees nothing of it."""

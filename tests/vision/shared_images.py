@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from herdkit.adapters import compose
 from herdkit.adapters.batching import Batch
 from herdkit.adapters.contract import ModalityBatch, Placements
-from herdkit.adapters.distribute import distributed_composition
+from herdkit.adapters.distribute import share_out
 from herdkit.adapters.objective import next_token
 from herdkit.text.model import Transformer
 from herdkit.text.rows import TokenBatch
@@ -85,12 +85,12 @@ def composed(layout: dict, images: int) -> dict:
             {"tiles": clip, "n_tiles": 2 * one, "grid": torch.tensor([[2, 1]])}, Placements(one, one, one, end, 0 * one)
         ),
     }
-    with distributed_composition(model, HeldWeights.of(model.text), place, 16) as part:
-        loss, *_ = part.objective(next_token)(part.model, Batch(rows, inputs))
-        loss.backward()
-        parameters = list(part.model.named_parameters())
-        summed_gradients(parameters, place, StageCopies((name for name, _ in parameters), place))
-        whole = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in parameters}
+    part = share_out(model, HeldWeights.of(model.text), place, 16)
+    loss, *_ = part.objective(next_token)(part.model, Batch(rows, inputs))
+    loss.backward()
+    parameters = list(part.model.named_parameters())
+    summed_gradients(parameters, place, StageCopies((name for name, _ in parameters), place))
+    whole = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in parameters}
     return {name: gradient + 0 for name, gradient in whole.items()}
 
 

@@ -246,13 +246,11 @@ def test_larger_tiles_keep_what_a_tile_says():
     """Twice the side: positions are stretched, the corners keep theirs, and all else is the same."""
     text = text_preset("tiny")
     small = ImageAdapter(image_adapter.preset("tiny"), text)
-    large = small.with_tiles_of(128, text)
+    large = small.with_tiles_of(128)
     assert large.encoder.image_size == large.prepare.tile_size == 128
     old, new = small.encoder.position_embedding, large.encoder.position_embedding
     assert torch.equal(new[0], old[0])
     torch.testing.assert_close(new[[1, 16, -16, -1]], old[[1, 8, -8, -1]])
     kept = {name: tensor for name, tensor in small.state_dict().items() if "position_embedding" not in name}
     assert all(torch.equal(large.state_dict()[name], tensor) for name, tensor in kept.items())
-    small.extra = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="extra"):
-        small.with_tiles_of(128, text)
+    assert small.encoder.image_size == small.prepare.tile_size == 64

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from ...adapters.compose import ComposedModel, compose
-from ...adapters.layouts import ComposedLayout
 from ...text.chat_template import chat_template
 from ...text.interchange.huggingface import (
     files_by_name,
@@ -38,7 +37,14 @@ from ...text.interchange.huggingface import (
     to_pairs,
     write_index,
 )
-from ...text.interchange.tensor_files import ModelDirectoryError, Piece, fill, read_json, save_tensors, write_json
+from ...text.interchange.tensor_files import (
+    ModelDirectoryError,
+    Piece,
+    StoredTensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
 from ...text.model import Transformer, TransformerConfig
 from ...text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from ..encoder import by_arrangement
@@ -51,8 +57,8 @@ from .huggingface_config import (
     preprocessing_to_hf,
     read_preprocessing,
 )
-from .released_model import parts_of, refusal
-from .tile_tables import TABLES, tell_by_place
+from .released_model import ReleasedLayout, parts_of
+from .tile_tables import TABLES
 
 EXTRA_ROWS = 8
 """Rows of the embedding beyond the vocabulary."""
@@ -175,7 +181,7 @@ def matches(model: ComposedModel) -> Iterator[Match]:
                 yield Match(prefix + _BLOCK[stem] + dot + end, target)
 
 
-class HuggingFaceVision(ComposedLayout):
+class HuggingFaceVision(ReleasedLayout):
     """The layout "huggingface.mllama"."""
 
     def build(self, path: Path) -> ComposedModel:
@@ -189,7 +195,7 @@ class HuggingFaceVision(ComposedLayout):
         model.tokenizer = load_tokenizer(path, content, text)
         return model
 
-    def load(self, path: Path, dtype: torch.dtype | None = None) -> ComposedModel:
+    def stored(self, path: Path) -> tuple[ComposedModel, StoredTensors]:
         model = self.build(path)
         files = files_by_name(path)
         later = "lm_head.weight" in files
@@ -202,12 +208,7 @@ class HuggingFaceVision(ComposedLayout):
             elif f"{path}: missing {name}" not in faults:
                 faults.append(f"{path}: missing {name}")
         ignored = [name for name in files if name.endswith("inv_freq")]
-        fill(model, pieces, dtype=dtype, ignored=ignored, faults=faults)
-        tell_by_place(parts_of(model)[0])
-        return model
-
-    def refusal(self, model: ComposedModel) -> str | None:
-        return refusal(model)
+        return model, StoredTensors(pieces, model.state_dict(), ignored, faults)
 
     def save(
         self, model: ComposedModel, path: Path, *, max_shard_bytes: int = 5_000_000_000, model_parallel: int = 1

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from ...adapters.compose import ComposedModel, compose
-from ...adapters.layouts import ComposedLayout
 from ...text.interchange.meta import PARAMS, config_from_meta, config_to_meta, shard_region
 from ...text.interchange.tensor_files import (
     ModelDirectoryError,
     Piece,
-    fill,
+    StoredTensors,
     integer,
     open_tensors,
     read_json,
@@ -33,7 +32,7 @@ from ...text.tokenizer import Tokenizer
 from ...train.files import sync
 from ..encoder import CLIP_MEAN, CLIP_STD, VisionConfig
 from ..image_adapter import ImageAdapter, ImageAdapterConfig, placement
-from .released_model import parts_of, refusal
+from .released_model import ReleasedLayout, parts_of
 from .tile_tables import TABLES, by_place
 
 HEADS, TAPS = 16, (3, 7, 15, 23, 30)
@@ -124,7 +123,7 @@ def _share(size: int, rank: int, ranks: int, axis: int, name: str) -> tuple[slic
     return (*[slice(None)] * axis, slice(rank * width, (rank + 1) * width))
 
 
-class MetaVision(ComposedLayout):
+class MetaVision(ReleasedLayout):
     """The layout "meta.vision"."""
 
     def build(self, path: Path) -> ComposedModel:
@@ -146,7 +145,7 @@ class MetaVision(ComposedLayout):
             raise ModelDirectoryError(f"{path}: the tokenizer has {sizes}")
         return model
 
-    def load(self, path: Path, dtype: torch.dtype | None = None) -> ComposedModel:
+    def stored(self, path: Path) -> tuple[ComposedModel, StoredTensors]:
         model, files = self.build(path), weight_files(path)
         ranks = len(files)
         pieces = {}
@@ -159,11 +158,10 @@ class MetaVision(ComposedLayout):
         rows = max(8, ranks) // ranks, model.text.config.dim
         first = Piece(EXTRA, "image.placeholder_embedding", (), lambda stored: stored[0], shape=rows)
         pieces[files[0]].append(first)
-        fill(model, pieces, dtype=dtype, ignored=["text_model.rope.freqs", EXTRA])
-        return model
+        return model, StoredTensors(pieces, model.state_dict(), ["text_model.rope.freqs", EXTRA])
 
     def refusal(self, model: ComposedModel) -> str | None:
-        if found := refusal(model):
+        if found := super().refusal(model):
             return found
         (adapter, encoder), text = parts_of(model), model.text.config
         if adapter.config.places(text.n_layers) != placement(text.n_layers, adapter.config.n_cross_layers):

@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from pathlib import Path
+
+import torch
+
 from ...adapters.compose import ComposedModel
+from ...adapters.deferred import read_adapter
+from ...adapters.layouts import ComposedLayout
+from ...text.interchange.tensor_files import StoredTensors
+from ...text.weights import SourcedWeights, Weights
+from ...train.portions import PartOf
 from ..encoder import VisionTransformer
 from ..image_adapter import ImageAdapter
+from .tile_tables import tell_by_place
+
+
+class ReleasedLayout(ComposedLayout):
+    """One of both."""
+
+    @abstractmethod
+    def stored(self, path: Path) -> tuple[ComposedModel, StoredTensors]:
+        """What `build` gives, and its weights by the names of its parameters.
+
+        Raises:
+            ModelDirectoryError: as `build`.
+        """
+
+    def load(self, path: Path, dtype: torch.dtype | None = None) -> ComposedModel:
+        model, tensors = self.stored(path)
+        tensors.fill(model, dtype)
+        tell_by_place(parts_of(model)[0])
+        return model
+
+    def open(self, path: Path) -> tuple[ComposedModel, Weights]:
+        model, tensors = self.stored(path)
+        adapter = parts_of(model.float())[0]
+        read_adapter(adapter, PartOf(tensors, "image."))
+        tell_by_place(adapter)
+        return model, SourcedWeights(model.text.config, PartOf(tensors, "text."))
+
+    def refusal(self, model: ComposedModel) -> str | None:
+        return refusal(model)
 
 
 def parts_of(model: ComposedModel) -> tuple[ImageAdapter, VisionTransformer]:
