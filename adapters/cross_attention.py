@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..text.attention import dot_product_attention
+from ..text.linear import Linear
 from ..text.model import FeedForward, RMSNorm
 from .contract import InterleavedLayer
 
@@ -62,10 +63,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, memory_dim: int, norm_eps: float):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, dim // n_heads
-        self.wq = nn.Linear(dim, dim, bias=False)
-        self.wk = nn.Linear(memory_dim, n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(memory_dim, n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wq = Linear(dim, dim)
+        self.wk = Linear(memory_dim, n_kv_heads * self.head_dim)
+        self.wv = Linear(memory_dim, n_kv_heads * self.head_dim)
+        self.wo = Linear(dim, dim)
         self.q_norm = RMSNorm(self.head_dim, norm_eps)
         self.k_norm = RMSNorm(self.head_dim, norm_eps)
         self.init_weights()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..text.linear import Linear
 from ..text.model import RMSNorm
 
 
@@ -24,8 +25,8 @@ class Projector(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, stack: int = 1, output_scale: float = 0.02):
         super().__init__()
         self.stack = stack
-        self.hidden = nn.Linear(in_dim * stack, out_dim)
-        self.output = nn.Linear(out_dim, out_dim)
+        self.hidden = Linear(in_dim * stack, out_dim, bias=True)
+        self.output = Linear(out_dim, out_dim, bias=True)
         self.norm = RMSNorm(out_dim, 1e-5)
         nn.init.constant_(self.norm.weight, output_scale)
 

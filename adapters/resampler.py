@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..text.attention import dot_product_attention
+from ..text.linear import Linear
 from ..text.model import FeedForward, RMSNorm
 from .cross_attention import match_queries_to_keys, pass_unchanged
 
@@ -107,9 +108,9 @@ class ResamplerLayer(nn.Module):
         self.n_heads = n_heads
         self.latent_norm = RMSNorm(dim, norm_eps)
         self.token_norm = RMSNorm(dim, norm_eps)
-        self.wq = nn.Linear(dim, dim, bias=False)
-        self.wkv = nn.Linear(dim, 2 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wq = Linear(dim, dim)
+        self.wkv = Linear(dim, 2 * dim)
+        self.wo = Linear(dim, dim)
         match_queries_to_keys(self.wq.weight, self.wkv.weight[:dim], dim // n_heads)
         pass_unchanged(self.wkv.weight[dim:], self.wo.weight)
         self.ffn_norm = RMSNorm(dim, norm_eps)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..text.attention import dot_product_attention
+from ..text.linear import Linear
 from .ragged import Frames
 
 
@@ -154,8 +155,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, n_heads: int, *, bias: bool):
         super().__init__()
         self.n_heads = n_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
+        self.out = Linear(dim, dim, bias=bias)
 
     def split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the layer `qkv` gives (N, T, 3 D) to queries and keys, turned by `rotations`, and values, each
@@ -178,8 +179,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ConformerConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.up = nn.Linear(config.dim, config.ffn_dim)
-        self.down = nn.Linear(config.ffn_dim, config.dim)
+        self.up = Linear(config.dim, config.ffn_dim, bias=True)
+        self.down = Linear(config.ffn_dim, config.dim, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.up(self.norm(x))))
@@ -191,10 +192,10 @@ class Convolution(nn.Module):
     def __init__(self, config: ConformerConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.pointwise_in = nn.Linear(config.dim, 2 * config.dim)
+        self.pointwise_in = Linear(config.dim, 2 * config.dim, bias=True)
         self.depthwise = nn.Conv1d(config.dim, config.dim, config.conv_kernel, groups=config.dim)
         self.depthwise_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.pointwise_out = nn.Linear(config.dim, config.dim)
+        self.pointwise_out = Linear(config.dim, config.dim, bias=True)
         self.causal = config.chunk_frames is not None
 
     def gate(self, x: Tensor) -> Tensor:
@@ -253,7 +254,7 @@ class Conformer(nn.Module):
     def __init__(self, config: ConformerConfig):
         super().__init__()
         self.config = config
-        self.input = nn.Linear(config.stack * config.n_mels, config.dim)
+        self.input = Linear(config.stack * config.n_mels, config.dim, bias=True)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(ConformerBlock(config) for _ in range(config.n_layers))
 

@@ -7,6 +7,7 @@ prompts, and by 1.2 to 3 times for the few of decoding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from ..train.precision import cpu_name
 
@@ -22,61 +24,69 @@ TRANSPOSED = range(16, 80)
 """Numbers of rows for which oneDNN is faster at the product of the weights with the transposed rows."""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`torch.nn.functional.linear` without bias, (..., K) with (N, K) to (..., N). In float32 on a CPU it may not be
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, (..., K) with (N, K) and (N,) to (..., N). In float32 on a CPU it may not be
     differentiable twice."""
     if not _on_onednn(x, weight):
-        return F.linear(x, weight)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return F.linear(x, weight, bias)
+    needing = (x, weight) if bias is None else (x, weight, bias)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needing)
     if torch.compiler.is_compiling():
         # Without gradients the compiler chooses the library itself, for weights that it may pack.
-        return _compiled_linear(x, weight) if differentiable else F.linear(x, weight)
-    return _Linear.apply(x, weight) if differentiable else product(x, weight)  # type: ignore[return-value]
+        return _compiled_linear(x, weight, bias) if differentiable else F.linear(x, weight, bias)
+    if not differentiable:
+        return product(x, weight, bias)
+    return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` without gradients."""
     if not _on_onednn(x, weight):
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
-    if rows in TRANSPOSED:
-        return _onednn(weight, x.reshape(rows, -1)).t().contiguous().view(*x.shape[:-1], -1)
-    return _onednn(x, weight)
+    if rows not in TRANSPOSED:
+        return _onednn(x, weight, bias)
+    transposed = _onednn(weight, x.reshape(rows, -1))
+    if bias is not None:
+        transposed += bias[:, None]
+    return transposed.t().contiguous().view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, gradients[0], product)
 
 
-def _gradients(ctx: Any, gradient: Tensor, multiply: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, gradient: Tensor, multiply: Callable[..., Tensor]) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    of_x = multiply(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-    of_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-    return of_x, of_weight
+    needed = ctx.needs_input_grad  # of a compiled graph two, where there is no bias
+    of_x = multiply(gradient, weight.t()) if needed[0] else None
+    of_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2) if needed[1] else None
+    of_bias = gradient.flatten(0, -2).sum(0) if any(needed[2:]) else None
+    return (of_x, of_weight, of_bias)[: len(needed)]
 
 
 @torch.library.custom_op("herdkit::linear", mutates_args=())
-def _compiled_linear(x: Tensor, weight: Tensor) -> Tensor:
+def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`product` as one operator, which a compiled graph calls as it is."""
-    return product(x, weight)
+    return product(x, weight, bias)
 
 
 @_compiled_linear.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 _compiled_linear.register_autograd(
     lambda ctx, gradient: _gradients(ctx, gradient, _compiled_linear),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
 )
 
 
@@ -108,16 +118,22 @@ def _libraries_of_an_amd() -> bool:
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and cpu_name().startswith("AMD")
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # What torch.compile calls for such a product; no public function of torch reaches it in float32.
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """For torch's `FlopCounterMode`, which knows its other products."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 class Linear(nn.Linear):
-    """Without bias."""
+    """`torch.nn.Linear`, without bias unless it is asked for."""
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.bias)

@@ -14,6 +14,7 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..text.linear import Linear
 from ..text.presets import VOCAB_SIZE
 from .encoder import Block
 from .packed import Encoder, Sequences
@@ -144,8 +145,8 @@ class ContrastiveModel(nn.Module):
         super().__init__()
         self.vision = vision
         self.text = text
-        self.image_projection = nn.Linear(vision.pooled_width, dim or text.width, bias=False)
-        self.text_projection = nn.Identity() if dim is None else nn.Linear(text.width, dim, bias=False)
+        self.image_projection = Linear(vision.pooled_width, dim or text.width)
+        self.text_projection = nn.Identity() if dim is None else Linear(text.width, dim)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(initial_scale)))
         self.logit_bias = None if initial_bias is None else nn.Parameter(torch.full((1,), initial_bias))
         for projection in (self.image_projection, self.text_projection):

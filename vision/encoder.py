@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..text.linear import Linear
 from .packed import Encoder, Groups, PackedTiles, Sequences
 from .tiles import canvas_numbers, canvases
 
@@ -168,8 +169,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, n_heads: int, bias: bool):
         super().__init__()
         self.n_heads = n_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
+        self.out = Linear(dim, dim, bias=bias)
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         """(S, D) to (S, D), of the tokens that are run here."""
@@ -180,8 +181,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, activation: str):
         super().__init__()
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.fc1 = Linear(dim, ffn_dim, bias=True)
+        self.fc2 = Linear(ffn_dim, dim, bias=True)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ class VisionTransformer(Encoder):
         dim, tokens, tiles = config.dim, config.tokens, config.max_tiles
 
         self.patch_norm = nn.LayerNorm(3 * config.patch_size**2, PATCH_NORM_EPS) if config.patch_norm else nn.Identity()
-        self.patch_embedding = nn.Linear(3 * config.patch_size**2, dim, bias=config.patch_bias)
+        self.patch_embedding = Linear(3 * config.patch_size**2, dim, bias=config.patch_bias)
         self.class_embedding = nn.Parameter(torch.randn(dim) * dim**-0.5)
         position_std = dim**-0.5 if config.position_std is None else config.position_std
         self.position_embedding = nn.Parameter(torch.randn(tokens, dim) * position_std)

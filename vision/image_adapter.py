@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..adapters.contract import Adapter, Contribution, InterleavedLayer
 from ..adapters.cross_attention import GatedCrossAttention
 from ..adapters.deferred import interleaved_layers
+from ..text.linear import Linear
 from ..text.model import TransformerConfig
 from .encoder import VisionTransformer
 from .interchange import build_encoder, load_vision_state
@@ -142,7 +143,7 @@ class ImageAdapter(Adapter):
         super().__init__(config, text)
         self.encoder = build_encoder(config.encoder)
         self.prepare = ImagePreparation(tile_size=self.encoder.image_size, max_tiles=self.encoder.max_tiles)
-        self.projection = nn.Linear(self.encoder.width, text.dim)
+        self.projection = Linear(self.encoder.width, text.dim, bias=True)
         side = config.memory_positions
         self.memory_position = nn.Parameter(torch.randn(side, side, text.dim)) if side else None
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)

@@ -17,6 +17,7 @@ from ..adapters.contract import Adapter, Contribution, InterleavedLayer
 from ..adapters.cross_attention import pass_unchanged
 from ..adapters.deferred import interleaved_layers, take_weights
 from ..adapters.resampler import PerceiverResampler
+from ..text.linear import Linear
 from ..text.model import TransformerConfig
 from .image_adapter import ImageAdapter, cross_attention, placement
 from .tiles import VideoPreparation
@@ -149,7 +150,7 @@ class VideoAdapter(Adapter):
     def __init__(self, config: VideoAdapterConfig, text: TransformerConfig):
         super().__init__(config, text)
         self.prepare = VideoPreparation(frames=config.frames, tile_size=config.tile_size, max_tiles=config.max_tiles)
-        self.input_projection = nn.Linear(text.dim, config.dim)
+        self.input_projection = Linear(text.dim, config.dim, bias=True)
         self.aggregator = PerceiverResampler(
             dim=config.dim,
             n_latents=config.n_latents,
@@ -159,7 +160,7 @@ class VideoAdapter(Adapter):
             max_frames=config.max_merge or config.merge,
             max_tokens=config.max_tiles * config.tile_tokens,
         )
-        self.output_projection = nn.Linear(config.dim, text.dim)
+        self.output_projection = Linear(config.dim, text.dim, bias=True)
         pass_unchanged(self.input_projection.weight, self.output_projection.weight)
         self.placeholder_embedding = nn.Parameter(torch.randn(text.dim) * 0.02)
         make = partial(cross_attention, text, config.ffn_dim, config.gate_init)

@@ -13,35 +13,34 @@ def library(request, monkeypatch):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(module, "_onednn_is_faster", lambda: request.param)
     calls, onednn = [], module._onednn
-    monkeypatch.setattr(module, "_onednn", lambda x, weight: calls.append(x.shape) or onednn(x, weight))
+    monkeypatch.setattr(module, "_onednn", lambda x, *given: calls.append(x.shape) or onednn(x, *given))
     yield
     assert bool(calls) == request.param
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", ROWS)
-def test_is_the_product_with_its_gradients(library, shape):
-    x = torch.randn(*shape, 24, requires_grad=True)
-    weight = torch.randn(40, 24, requires_grad=True)
-    expected = F.linear(x.double(), weight.double())
+def test_is_the_product_with_its_gradients(library, shape, biased):
+    given = [torch.randn(*size, requires_grad=True) for size in [(*shape, 24), (40, 24), *[(40,)] * biased]]
+    expected = F.linear(*(tensor.double() for tensor in given))
     upstream = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, (x, weight), upstream)
-    out = linear(x, weight)
+    wanted = torch.autograd.grad(expected, given, upstream)
+    out = linear(*given)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    for found, gradient in zip(torch.autograd.grad(out, (x, weight), upstream.float()), wanted, strict=True):
+    for found, gradient in zip(torch.autograd.grad(out, given, upstream.float()), wanted, strict=True):
         torch.testing.assert_close(found, gradient.float(), rtol=1e-5, atol=3e-5)
     with torch.inference_mode():
-        torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(product(x, weight).double(), expected, rtol=1e-5, atol=1e-5)
-        assert linear(x, weight).is_contiguous()
+        torch.testing.assert_close(linear(*given).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(product(*given).double(), expected, rtol=1e-5, atol=1e-5)
+        assert linear(*given).is_contiguous()
 
 
-@pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_computes_no_gradient_that_nobody_wants(library, frozen):
-    x = torch.randn(4, 24, requires_grad=frozen != "x")
-    weight = torch.randn(40, 24, requires_grad=frozen != "weight")
-    linear(x, weight).sum().backward()
-    assert (x.grad is None) == (frozen == "x")
-    assert (weight.grad is None) == (frozen == "weight")
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+def test_computes_no_gradient_that_nobody_wants(library, wanted):
+    sizes = {"x": (4, 24), "weight": (40, 24), "bias": (40,)}
+    given = {name: torch.randn(*size, requires_grad=name == wanted) for name, size in sizes.items()}
+    linear(**given).sum().backward()
+    assert {name for name, tensor in given.items() if tensor.grad is not None} == {wanted}
 
 
 def test_takes_a_transposed_weight(library):
@@ -49,11 +48,12 @@ def test_takes_a_transposed_weight(library):
     torch.testing.assert_close(product(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
 
 
-def test_is_one_operator_of_a_compiled_graph(library):
-    x, weight = torch.randn(2, 50, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
-    wanted = torch.autograd.grad(linear(x, weight).square().sum(), (x, weight))
-    compiled = torch.compile(lambda x, weight: linear(x, weight).square().sum(), backend="aot_eager", fullgraph=True)
-    for found, gradient in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), wanted, strict=True):
+@pytest.mark.parametrize("biased", [False, True])
+def test_is_one_operator_of_a_compiled_graph(library, biased):
+    given = [torch.randn(*size, requires_grad=True) for size in [(2, 50, 24), (40, 24), *[(40,)] * biased]]
+    wanted = torch.autograd.grad(linear(*given).square().sum(), given)
+    compiled = torch.compile(lambda *given: linear(*given).square().sum(), backend="aot_eager", fullgraph=True)
+    for found, gradient in zip(torch.autograd.grad(compiled(*given), given), wanted, strict=True):
         torch.testing.assert_close(found, gradient)
 
 
