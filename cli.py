@@ -380,9 +380,9 @@ def chat(options: argparse.Namespace) -> None:
 
     model = load(options.model)
     if options.int8:
-        from .text.quantisation import quantise
+        from .adapters.quantisation import quantise
 
-        quantise(model.text)
+        quantise(model)
     cascade = None
     if options.cascade:
         from .speech.cascade import Cascade

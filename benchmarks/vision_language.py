@@ -1,6 +1,6 @@
 """A composed model with images and transformers' mllama with the same weights: the forward pass over images and text,
-on images that fill one of four tiles and on images that fill all, and greedy decoding with an image. In turns in one
-process.
+on images that fill one of four tiles and on images that fill all, and greedy decoding with an image, also with int8
+weights. In turns in one process.
 
     OMP_PROC_BIND=true python benchmarks/vision_language.py [--threads 2] [--rounds 5]
 
@@ -21,8 +21,9 @@ from statistics import median
 
 import herdkit
 import torch
-from herdkit.adapters import ModalityBatch, Placements
+from herdkit.adapters import ComposedModel, ModalityBatch, Placements
 from herdkit.adapters.chat import decoder
+from herdkit.adapters.quantisation import quantise
 from herdkit.text import SamplingOptions, generate
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_mllama import get_all_supported_aspect_ratios
@@ -80,7 +81,7 @@ def main() -> None:
     model = theirs(options.tile)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        ours = herdkit.load(Path(folder))
+        ours, small = herdkit.load(Path(folder)), quantise(herdkit.load(Path(folder)))
     B, T = options.batch, options.text
     tokens = torch.randint(0, VOCAB, (B, T))
     tokens[:, 0] = VOCAB
@@ -134,26 +135,33 @@ def main() -> None:
                 do_sample=False,
             )  # fmt: skip
 
-        def our_decode(new: int, text=text, inputs=inputs) -> list:
-            ours.image.change_encoder(padding="clean")
+        def our_decode(new: int, model: ComposedModel, text=text, inputs=inputs) -> list:
+            model.image.change_encoder(padding="clean")
             prompts = text.tolist()
             options_ = SamplingOptions(max_new_tokens=new)
-            return generate(ours.text, prompts, options_, forward=decoder(ours, inputs))
+            return generate(model.text, prompts, options_, forward=decoder(model, inputs))
 
-        times: dict[str, list[float]] = {"transformers": [], "here": []}
-        whole: dict[str, list[float]] = {"transformers": [], "here": []}
-        for run in (hf_decode, our_decode):
+        decoders = {
+            "transformers": hf_decode,
+            "here": lambda new, our_decode=our_decode: our_decode(new, ours),
+            "int8": lambda new, our_decode=our_decode: our_decode(new, small),
+        }
+        times: dict[str, list[float]] = {way: [] for way in decoders}
+        whole: dict[str, list[float]] = {way: [] for way in decoders}
+        for run in decoders.values():
             run(2)
         for _ in range(options.rounds):
-            for way, run in (("transformers", hf_decode), ("here", our_decode)):
+            for way, run in decoders.items():
                 first, all_of = seconds(lambda run=run: run(1)), seconds(lambda run=run: run(1 + options.new))
                 times[way].append(max(all_of - first, 1e-9))
                 whole[way].append(all_of)
         result[name]["decoding_tokens_per_second"] = {
             way: round(B * options.new / median(own), 1) for way, own in times.items()
         }
-        result[name]["decoding_ratio"] = ratio(times["transformers"], times["here"])
-        result[name]["prompt_and_decoding_ratio"] = ratio(whole["transformers"], whole["here"])
+        for way in ("here", "int8"):
+            kind = "" if way == "here" else f"_{way}"
+            result[name][f"decoding_ratio{kind}"] = ratio(times["transformers"], times[way])
+            result[name][f"prompt_and_decoding_ratio{kind}"] = ratio(whole["transformers"], whole[way])
     print(json.dumps(result))
 
 

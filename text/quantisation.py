@@ -54,17 +54,27 @@ def quantise(model: Transformer) -> Transformer:
     Raises:
         ModuleNotFoundError: torchao is not installed; names the extra.
     """
+    if model.output is None:
+        model.output = Linear(model.config.dim, model.config.vocab_size)
+        model.output.weight = nn.Parameter(model.tok_embeddings.weight.detach().clone())
+    round_matrices(model)
+    return model
+
+
+def round_matrices(module: nn.Module) -> None:
+    """Does so, in place, with all matrices of a module that are `herdkit.text.linear.Linear` without bias.
+
+    Raises:
+        ModuleNotFoundError: as `quantise`.
+    """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('int8 weights need torchao: pip install "herdkit[quantisation]"') from error
-    if model.output is None:
-        model.output = Linear(model.config.dim, model.config.vocab_size)
-        model.output.weight = nn.Parameter(model.tok_embeddings.weight.detach().clone())
-    model.requires_grad_(False)
-    quantize_(model, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear):
-            rounded: Any = module.weight
-            model.set_submodule(name, Int8Linear(rounded.qdata, rounded.scale[:, 0]))
-    return model
+    module.requires_grad_(False)
+    config = Int8WeightOnlyConfig(version=2, set_inductor_config=False)
+    quantize_(module, config, filter_fn=lambda part, _: isinstance(part, Linear) and part.bias is None)
+    for name, part in list(module.named_modules()):
+        if isinstance(part, Linear) and part.bias is None:
+            rounded: Any = part.weight
+            module.set_submodule(name, Int8Linear(rounded.qdata, rounded.scale[:, 0]))
