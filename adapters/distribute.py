@@ -81,11 +81,9 @@ def share_out(model: ComposedModel, weights: Weights, place: Place, row_length: 
 
     Raises:
         LayoutError: the layout does not divide the language model or the rows, says with which numbers; or it divides
-            what an adapter reads, or asks for what only language models by themselves can do.
+            what an adapter reads.
     """
     require_adapters_fit(model, place.layout)
-    if place.config.gather != "float32":
-        raise LayoutError("gather", f"{place.config.gather!r} is for language models alone, not for composed ones")
     names = {name: list(part.state_dict()) for name, part in (("text", model.text), *model.adapters.items())}
     if place.replicas_alone:
         distribute(model.text, place)

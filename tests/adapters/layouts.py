@@ -94,7 +94,7 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=None):
+def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=None, precision="float32"):
     """The gradients of every update, and of the weights at the end those that this process writes, by name; None where
     it stopped before."""
     place = Place(ParallelConfig(**layout))
@@ -113,7 +113,9 @@ def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=No
             part.model,
             Rows(place.data, place.layout.data, accumulate, stop_after),
             part.objective(next_token),
-            trainer=TrainerConfig(steps=STEPS, batch_size=ROWS, accumulate=accumulate, checkpoint_every=1),
+            trainer=TrainerConfig(
+                steps=STEPS, batch_size=ROWS, accumulate=accumulate, checkpoint_every=1, precision=precision
+            ),
             optimizer=OptimizerConfig(lr=1e-3),
             schedule=ScheduleConfig(),
             freeze=[FreezeRule(pattern=pattern, trainable=False) for pattern in freeze],

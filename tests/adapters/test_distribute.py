@@ -64,6 +64,22 @@ def test_trains_as_one_process_does(finish_program, tmp_path, alone, processes, 
         require_equal([one[name] for one in found], wanted, name)
 
 
+def test_weights_gathered_in_bfloat16_have_gradients_in_float32(finish_program, tmp_path, alone):
+    layouts = {"shards": {"shard": 4}, "pipeline-shards": {"pipeline": 2, "shard": 2}}
+    options = {"dtype": "float32", "precision": "bfloat16", "freeze": ("text.*",)}
+    runs = {name: {"layout": {**layout, "gather": "bfloat16"}, **options} for name, layout in layouts.items()}
+    out = str(tmp_path / "out")
+    assert finish_program(PROGRAM, 4, runs=runs, run_dir=str(tmp_path / "runs"), out=out) == [0] * 4
+    wanted = alone(dtype="float32", freeze=("text.*",))["updates"][0]
+    rounded = alone(**options)["updates"][0]
+    for rank in range(4):
+        for name, found in torch.load(f"{out}.{rank}", weights_only=True).items():
+            for key, gradient in found["updates"][0].items():
+                assert gradient.dtype == torch.float32
+                error, usual = ((one - wanted[key]).norm() / wanted[key].norm() for one in (gradient, rounded[key]))
+                assert 1e-4 < error < 4 * usual + 0.05, (name, key)
+
+
 @pytest.mark.parametrize("key", ["recompute", "compile"])
 def test_a_process_by_itself_runs_its_layers_as_the_layout_says(key):
     value = {"recompute": "full", "compile": "aot_eager"}[key]

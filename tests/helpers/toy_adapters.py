@@ -64,7 +64,7 @@ class MemoryAdapter(Adapter):
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Contribution:
         values = batch["values"]
         mask = torch.arange(values.shape[1]) < batch["lengths"][:, None]
-        return Contribution(memory=self.encoder(values), memory_mask=mask)
+        return Contribution(memory=self.encoder(values.to(self.encoder.weight)), memory_mask=mask)
 
 
 class VideoToy(MemoryAdapter):
@@ -91,7 +91,7 @@ class SoftAdapter(Adapter):
         self.encoder = nn.Linear(config.width, text.dim)
 
     def forward(self, batch):
-        return Contribution(soft_tokens=self.encoder(batch["values"]))
+        return Contribution(soft_tokens=self.encoder(batch["values"].to(self.encoder.weight)))
 
 
 def randomise(module: nn.Module, seed: int = 1) -> nn.Module:
