@@ -47,7 +47,9 @@ def gradient_norm(
     if place.replicas_alone:
         return nn.utils.get_total_norm(list(gradients.values()), foreach=True)
     names = list(gradients)
-    norms = torch._foreach_norm([gradients[name] for name in names])  # pyright: ignore[reportPrivateImportUsage]
+    norms: Sequence[Tensor] = ()
+    if names:  # else no micro-batch had an input of what trains
+        norms = torch._foreach_norm([gradients[name] for name in names])  # pyright: ignore[reportPrivateImportUsage]
     square = torch.zeros((), dtype=torch.float64, device=parallel.device())
     for name, norm in zip(names, norms, strict=True):
         square += norm.double().square() / _holders(parameters[name], place, copies.number(name))
@@ -66,5 +68,7 @@ def _holders(parameter: Tensor, place: Place, stages: int) -> float:
 
 def clip(gradients: Mapping[str, Tensor], norm: Tensor, most: float) -> None:
     """Scales gradients in place so that their norm, which is given, is at most `most`."""
+    if not gradients:
+        return
     scale = torch.clamp(most / (norm + 1e-6), max=1.0)
     torch._foreach_mul_(list(gradients.values()), scale)  # pyright: ignore[reportPrivateImportUsage]
