@@ -2,9 +2,10 @@
 
 from .batching import Batch, DialogCollator, Port
 from .compose import ComposedCache, ComposedModel, compose
-from .contract import Adapter, Contribution, InterleavedLayer, ModalityBatch, Placements, Preparation
+from .contract import Adapter, Contribution, InputLoss, InterleavedLayer, ModalityBatch, Placements, Preparation
 from .cross_attention import GatedCrossAttention
 from .model_directory import ModelDirectoryError, attach_adapters, load, load_ports, save
+from .objective import DialogObjective
 from .projector import Projector
 from .registry import adapter_class, adapter_names, register_adapter
 from .resampler import PerceiverResampler
@@ -16,7 +17,9 @@ __all__ = [
     "ComposedModel",
     "Contribution",
     "DialogCollator",
+    "DialogObjective",
     "GatedCrossAttention",
+    "InputLoss",
     "InterleavedLayer",
     "ModalityBatch",
     "ModelDirectoryError",

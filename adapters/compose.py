@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from ..text.cache import KVCache
 from ..text.model import Transformer
 from ..text.tokenizer import Tokenizer
+from ..train.objective import Outcome
 from . import chat as chatting
 from .contract import Adapter, Contribution, InterleavedLayer, ModalityBatch, Placements
+
+OF_TEXT = ("text", "embeddings")
+"""What an adapter may require of the language model."""
 
 
 @dataclass
@@ -79,14 +83,14 @@ class ComposedModel(nn.Module):
                 names text layers that do not exist.
         """
         name = adapter.modality
-        if not name.isidentifier() or hasattr(self, name):
+        if not name.isidentifier() or hasattr(self, name) or name in OF_TEXT:
             raise ValueError(f"cannot attach modality {name!r}: the name is taken or no Python identifier")
         for other in self.adapters.values():
             for attribute in ("placeholder", "part"):
                 if getattr(other, attribute) == getattr(adapter, attribute):
                     value = getattr(adapter, attribute)
                     raise ValueError(f"cannot attach {name!r}: {other.modality!r} has the {attribute} {value!r}")
-        if missing := set(adapter.requires) - {"text", *self.modalities}:
+        if missing := set(adapter.requires) - {*OF_TEXT, *self.modalities}:
             raise ValueError(f"cannot attach {name!r} before the adapters it requires: {sorted(missing)}")
         n_layers = self.text.config.n_layers
         if outside := [i for i in adapter.interleaved() if not 0 <= i < n_layers]:
@@ -125,11 +129,16 @@ class ComposedModel(nn.Module):
 
     def contribution(self, modality: str, batch: ModalityBatch) -> Contribution:
         """What an adapter gives for its inputs."""
+        return self.own_contribution(modality, batch)
+
+    def own_contribution(self, modality: str, batch: ModalityBatch) -> Contribution:
+        """What it gives for those of its inputs that this process runs it for, with their losses."""
         return getattr(self, modality)(batch.tensors, **self.required(modality))
 
     def required(self, modality: str) -> dict[str, nn.Module]:
         """The parts of the model that an adapter's `requires` names."""
-        return {other: getattr(self, other) for other in getattr(self, modality).requires}
+        names = self.adapters[modality].requires
+        return {name: self.text.tok_embeddings if name == "embeddings" else getattr(self, name) for name in names}
 
     def contributions(
         self, inputs: Mapping[str, ModalityBatch], known: Mapping[str, Contribution]
@@ -140,15 +149,30 @@ class ComposedModel(nn.Module):
             for name, batch in inputs.items()
         }
 
+    def adapter_loss(self, given: Iterable[Contribution]) -> Outcome | None:
+        """The losses that adapters found by themselves, as those of no further targets; None where there are none."""
+        losses = [(name, loss) for one in given for name, loss in one.losses.items()]
+        if not losses:
+            return None
+        metrics: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, loss in losses:
+            before = metrics.get(name, (0, 0))
+            metrics[name] = (before[0] + loss.values.detach().sum(), before[1] + loss.counts.sum())
+        return torch.stack([loss.weight * loss.values.sum() for _, loss in losses]).sum(), 0, metrics
+
     def interleaved(self, modality: str) -> Mapping[int, InterleavedLayer]:
         """The layers of a modality by the number, in `text.layers`, of the layer that each runs before."""
         return self.adapters[modality].interleaved()
 
     def forward(self, tokens: Tensor, inputs: Mapping[str, ModalityBatch] | None = None, **options) -> Tensor:
-        """Logits (B, T, V); arguments as in `hidden`."""
+        """Logits (B, T, V); arguments as in `hidden_and_loss`."""
         return self.text.unembed(self.hidden(tokens, inputs, **options))
 
-    def hidden(
+    def hidden(self, tokens: Tensor, inputs: Mapping[str, ModalityBatch] | None = None, **options) -> Tensor:
+        """The hidden state after the last norm, (B, T, D); arguments as in `hidden_and_loss`."""
+        return self.hidden_and_loss(tokens, inputs, **options)[0]
+
+    def hidden_and_loss(
         self,
         tokens: Tensor,
         inputs: Mapping[str, ModalityBatch] | None = None,
@@ -158,8 +182,9 @@ class ComposedModel(nn.Module):
         documents: Tensor | None = None,
         cache: ComposedCache | None = None,
         contributions: Mapping[str, Contribution] | None = None,
-    ) -> Tensor:
-        """The hidden state after the last norm, (B, T, D).
+    ) -> tuple[Tensor, Outcome | None]:
+        """The hidden state after the last norm, (B, T, D), and `adapter_loss`; None with `embeddings`, in which the
+        adapters had their part before.
 
         Args:
             tokens: (B, T) int64, with placeholder tokens where inputs stand.
@@ -182,7 +207,8 @@ class ComposedModel(nn.Module):
         if embeddings is None:
             embeddings = self.embed(tokens)
         memories = cache.memories if cache else []
-        for name, (given, where) in self.contributions(inputs or {}, contributions or {}).items():
+        found = self.contributions(inputs or {}, contributions or {})
+        for name, (given, where) in found.items():
             if begins and given.soft_tokens is not None:
                 embeddings = place_soft_tokens(embeddings, given.soft_tokens, where, columns)
             if given.memory is not None:
@@ -193,7 +219,8 @@ class ComposedModel(nn.Module):
         if memories:
             seeing = columns.expand(rows, -1) if cache is None or positions is None else positions
             arguments["before_layer"] = self._interleave(memories, seeing)
-        return self.text.hidden(embeddings=embeddings, **arguments)
+        loss = self.adapter_loss(given for given, _ in found.values()) if begins else None
+        return self.text.hidden(embeddings=embeddings, **arguments), loss
 
     def _interleave(self, memories: list[RowMemory], columns: Tensor):
         """The function that the language model calls before each of its layers."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -34,6 +34,22 @@ inputs before it in its document."""
 
 
 @dataclass
+class InputLoss:
+    """A loss that an adapter finds by itself, such as of its encoder's frames against what is said: it is added to the
+    one that the model is trained with.
+
+    Args:
+        values: (N,) float32 or float64, the loss of each input, summed over its targets.
+        counts: (N,) int64, how many targets each has; the log has the mean over them.
+        weight: of the sum over inputs, beside a next-token loss that is summed over tokens.
+    """
+
+    values: Tensor
+    counts: Tensor
+    weight: float = 1.0
+
+
+@dataclass
 class Contribution:
     """What an adapter gives for N inputs, as plain tensors, so that it can be cached, moved and split.
 
@@ -43,11 +59,14 @@ class Contribution:
             placeholders then keep the language model's own embedding.
         memory: (N, M, width), what the interleaved layers attend to, or None.
         memory_mask: (N, M) bool, True where the entry is real; None means that all are.
+        losses: by their name in the log. What they need beside the inputs, a `DialogCollator` puts among the tensors
+            of the inputs; without it there are none.
     """
 
     soft_tokens: Tensor | None = None
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
+    losses: Mapping[str, InputLoss] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,7 +176,8 @@ class Adapter(nn.Module, ABC):
         visibility: see `Visibility`.
         order: among the interleaved layers around one text layer, smaller runs first.
         requires: what `forward` takes as keyword arguments: modalities, for their adapters (video encodes its frames
-            with the image adapter's encoder), or "text", for the language model.
+            with the image adapter's encoder), "text", for the language model, or "embeddings", for the module of its
+            token embeddings, whose weight `herdkit.train.sharding.borrow_weight` gives.
         config: the dataclass it was built from; written to and read from `config.json`.
         prepare: its `Preparation`.
     """

@@ -71,19 +71,18 @@ def train_on_dialogs(
     Args:
         model: with every adapter attached that the stage needs.
         weights: of its language model.
-        objective: loss of a batch; by default next-token prediction of the assistant's answers.
+        objective: loss of a batch; by default next-token prediction of the assistant's answers. Other than a
+            `herdkit.adapters.objective.DialogObjective`, it can share the storage of weights alone.
         collator: makes the batches that the objective takes.
 
     Raises:
         ValueError: the model has no tokenizer.
-        LayoutError: `recipe.parallel` does not divide the processes, the language model or the rows, or shares more
-            than storage where the objective is not `next_token`.
+        LayoutError: `recipe.parallel` does not divide the processes, the language model or the rows, or the objective
+            or an adapter cannot do with it.
     """
     if model.tokenizer is None:
         raise ValueError(f"{recipe.init}: the model has no tokenizer")
     place = Place(recipe.parallel)
-    if objective is not next_token:
-        place.require_storage_alone(f"stage {recipe.stage!r}")
     data = recipe.data
     ports = [Port.of(adapter) for adapter in model.adapters.values()]
     unit = row_unit(place.layout)
@@ -100,8 +99,7 @@ def train_on_dialogs(
         lengths=collate.lengths,
         drop_last=not place.replicas_alone,  # every process has to run the layers that it stores a part of
     )
-    part = share_out(model, weights, place, data.row_length)
-    objective = part.objective(objective)
-    result = train_by(recipe, part.model, loader, objective, run_dir, place=place, pipeline=part.pipeline)
+    part = share_out(model, weights, place, data.row_length, objective)
+    result = train_by(recipe, part.model, loader, part.objective, run_dir, place=place, pipeline=part.pipeline)
     save(model, run_dir / "model", shared=part.tensors())
     return result

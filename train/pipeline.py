@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import FORWARD, FULL_BACKWARD, _Action, _PipelineScheduleRuntime
 
@@ -27,13 +28,20 @@ class StageModule(nn.Module):
     Args:
         part: the modules of the stage.
         run: called as `run(part, x, batch)`, where x is what the stage before gave, or None in the first one; gives
-            what the next one takes, in the last one what the loss is made of.
+            what the next one takes, in the last one what the loss is made of. With it may come a loss of the stage's
+            own, which is trained together with the pipeline's, or None.
+
+    Attributes:
+        outcomes: with the stage's own losses, of the micro-batches that ran since they were cleared.
     """
 
-    def __init__(self, part: nn.Module, run: Callable[[Any, Tensor | None, Any], Tensor]):
+    def __init__(
+        self, part: nn.Module, run: Callable[[Any, Tensor | None, Any], Tensor | tuple[Tensor, Outcome | None]]
+    ):
         super().__init__()
         self.part, self.run = part, run
         self.micro_batches: Sequence[Any] = ()
+        self.outcomes: list[Outcome] = []
         self.precision: AbstractContextManager[Any]
 
     def forward(self, x: Tensor, *, number: Tensor) -> Tensor:
@@ -41,8 +49,29 @@ class StageModule(nn.Module):
         batch = self.micro_batches[int(number)]
         with self.precision:
             given = self.run(self.part, None if x.dtype == torch.int64 else x, batch)
+        given, own = given if isinstance(given, tuple) else (given, None)
+        if own is not None and torch.is_grad_enabled():
+            self.outcomes.append((own[0].detach(), *own[1:]))
+            given = _with_loss(given, own[0])
         # Torch's backward pass of a stage wants something to go back through, in a stage that is frozen, too.
         return given if given.requires_grad or not torch.is_grad_enabled() else given.requires_grad_()
+
+
+def _with_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x, whose backward pass is one of the loss, too."""
+    return _WithLoss.apply(x, loss)  # type: ignore[return-value]
+
+
+class _WithLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], ctx.one
 
 
 class Handed(NamedTuple):
@@ -84,7 +113,8 @@ class Pipeline:
         Args:
             precision: the autocast under which stages and objective run; the backward pass does not.
 
-        Returns: in the process with the last stage what the objective gave for each, in the others nothing.
+        Returns: in the process with the last stage what the objective gave for each; in every one, its stages' own
+            losses.
         """
         micro_batches = self.alike([move(batch, device) for batch in batches])
         self._outcomes = []
@@ -92,6 +122,7 @@ class Pipeline:
             return []
         for module in self.stages.values():
             module.micro_batches, module.precision = micro_batches, precision
+            module.outcomes = []
         kind = (len(micro_batches), self.handed(micro_batches[0]))
         if self._schedule is None or self._schedule[0] != kind:
             # Only the newest: each has memory for what it receives, and dialogs are of any length.
@@ -99,7 +130,7 @@ class Pipeline:
         numbers = torch.arange(len(micro_batches))
         first = (numbers,) if 0 in self.stages else ()
         self._schedule[1].step(*first, number=numbers, target=numbers, return_outputs=False)
-        return self._outcomes
+        return [*self._outcomes, *(outcome for module in self.stages.values() for outcome in module.outcomes)]
 
     @torch.no_grad()
     def last_output(self, batch: Any, device: torch.device) -> tuple[Any, Tensor] | None:

@@ -51,9 +51,8 @@ class Place:
 
     @property
     def counts(self) -> bool:
-        """Whether what this process found out about a batch counts: the processes of `tensor` all find the same, and
-        of a pipeline only the last process sees the loss."""
-        return self.at.tensor == 0 and self.at.pipeline == self.layout.pipeline - 1
+        """Whether what this process found out about a batch counts: the processes of `tensor` all find the same."""
+        return self.at.tensor == 0
 
     @property
     def random_stream(self) -> int:

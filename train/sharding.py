@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Partial
 
 from .place import Place
 
@@ -53,6 +54,17 @@ def shard_block(block: nn.Module, place: Place, reshard: bool, methods: Sequence
     sharded.set_gradient_divide_factor(1.0)
     for method in methods:
         register_fsdp_forward_method(block, method)
+
+
+def borrow_weight(module: nn.Module) -> Tensor:
+    """The whole weight of a module, for another that uses it on inputs of this process; its gradient is the sum over
+    processes. All of those call it that share the weight and have not gathered it by running the module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(weight, DTensor):
+        return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    # The memory of what is gathered goes when the backward pass of another micro-batch ends.
+    return weight.clone() if isinstance(module, FSDPModule) else weight
 
 
 def give_back_gathered(model: nn.Module) -> None:

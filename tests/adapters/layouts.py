@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from herdkit.adapters import ModalityBatch, Placements, compose
 from herdkit.adapters.batching import Batch
+from herdkit.adapters.contract import InputLoss
 from herdkit.adapters.distribute import share_out
 from herdkit.adapters.objective import next_token
 from herdkit.text.rows import IGNORE, TokenBatch
@@ -21,8 +23,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy_adapters import TEXT, MemoryAdapter, SoftAdapter, ToyConfig, VideoToy, randomise, text_model
 
+
+class WidthAdapter(MemoryAdapter):
+    """With a loss of its own, that of each entry's size."""
+
+    def forward(self, batch):
+        given = super().forward(batch)
+        memory = given.memory.to(torch.promote_types(given.memory.dtype, torch.float32))
+        sizes = (memory.square().mean(-1) * given.memory_mask).sum(1)
+        return replace(given, losses={"size_loss": InputLoss(sizes, batch["lengths"], 0.3)})
+
+
 FOREVER, ROWS, LENGTH, STEPS = torch.iinfo(torch.int64).max, 8, 16, 3
-KINDS = {"image": MemoryAdapter, "speech": SoftAdapter, "video": VideoToy}
+KINDS = {"image": WidthAdapter, "speech": SoftAdapter, "video": VideoToy}
 SPANS = {"image": 1, "speech": 3, "video": 1}
 STANDS = {
     # By modality, update and row: the columns where its inputs stand, and how long they are seen.
@@ -34,7 +47,8 @@ STANDS = {
 
 
 class Rows:
-    def __init__(self, group, groups, accumulate, updates):
+    def __init__(self, batch_of, group, groups, accumulate, updates):
+        self.batch_of = batch_of
         self.group, self.groups, self.size, self.given = group, groups, ROWS // groups // accumulate, 0
         self.accumulate, self.last = accumulate, None if updates is None else updates * accumulate
 
@@ -45,7 +59,7 @@ class Rows:
             update, number = divmod(self.given, self.accumulate)
             first = (number * self.groups + self.group) * self.size
             self.given += 1
-            yield batch_of(range(first, first + self.size), update)
+            yield self.batch_of(range(first, first + self.size), update)
 
     def state_dict(self):
         return {"given": self.given}
@@ -94,13 +108,25 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=None, precision="float32"):
+def run(
+    run_dir,
+    layout,
+    accumulate=1,
+    freeze=(),
+    dtype="float64",
+    stop_after=None,
+    precision="float32",
+    checkpoint_every=1,
+    make_model=make_model,
+    batch_of=batch_of,
+    objective=next_token,
+):
     """The gradients of every update, and of the weights at the end those that this process writes, by name; None where
     it stopped before."""
     place = Place(ParallelConfig(**layout))
     model = make_model(getattr(torch, dtype))
     updates = []
-    part = share_out(model, HeldWeights.of(model.text), place, LENGTH)
+    part = share_out(model, HeldWeights.of(model.text), place, LENGTH, objective)
     names = {id(p): name for name, p in part.model.named_parameters()}
 
     def record(optimizer, _args, _kwargs):
@@ -111,10 +137,14 @@ def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=No
     try:
         result = train(
             part.model,
-            Rows(place.data, place.layout.data, accumulate, stop_after),
-            part.objective(next_token),
+            Rows(batch_of, place.data, place.layout.data, accumulate, stop_after),
+            part.objective,
             trainer=TrainerConfig(
-                steps=STEPS, batch_size=ROWS, accumulate=accumulate, checkpoint_every=1, precision=precision
+                steps=STEPS,
+                batch_size=ROWS,
+                accumulate=accumulate,
+                checkpoint_every=checkpoint_every,
+                precision=precision,
             ),
             optimizer=OptimizerConfig(lr=1e-3),
             schedule=ScheduleConfig(),
@@ -137,6 +167,7 @@ def run(run_dir, layout, accumulate=1, freeze=(), dtype="float64", stop_after=No
         "updates": updates,
         "weights": weights,
         "last": result["last"],
+        "mean": result["mean"],
         **{key: result[key] for key in keep},
     }
 

@@ -15,7 +15,7 @@ from herdkit.train.layout import Layout, LayoutError, ParallelConfig
 from herdkit.train.place import Place
 from herdkit.vision.image_adapter import placement
 from herdkit.vision.image_adapter import preset as image_preset
-from toy_adapters import TEXT, SoftAdapter, ToyConfig, text_model
+from toy_adapters import TEXT, MemoryAdapter, SoftAdapter, ToyConfig, text_model
 
 PROGRAM = Path(__file__).with_name("layouts.py")
 TWO = {
@@ -128,6 +128,22 @@ def test_what_an_adapter_reads_is_not_divided():
     for dimension in ("tensor", "pipeline"):
         with pytest.raises(LayoutError, match=f"parallel.{dimension}: the adapter 'speech' reads weights"):
             require_adapters_fit(model, Layout(**{dimension: 2}))
+    model.speech.requires = ("embeddings",)
+    require_adapters_fit(model, Layout(tensor=2, pipeline=2))
+    model.attach(MemoryAdapter(ToyConfig(), TEXT))
+    model.image.requires = ("embeddings",)
+    require_adapters_fit(model, Layout(tensor=2))
+    with pytest.raises(LayoutError, match=r"parallel.pipeline: the adapter 'image' reads embeddings"):
+        require_adapters_fit(model, Layout(pipeline=2))
+
+
+def test_an_objective_of_other_batches_shares_the_storage_of_weights_alone():
+    model = compose(text_model(), speech=SoftAdapter(ToyConfig(), TEXT))
+    place = Place()
+    assert share_out(model, HeldWeights.of(model.text), place, 16, objective=len).objective is len
+    place.layout = Layout(context=2)
+    with pytest.raises(LayoutError, match=r"parallel.context: this objective shares the storage of weights alone"):
+        share_out(model, HeldWeights.of(model.text), place, 16, objective=len)
 
 
 def require_equal(found, wanted, name):
@@ -136,6 +152,8 @@ def require_equal(found, wanted, name):
             assert one[key] == wanted[key], (name, key)
         for key in ("loss", "accuracy", "grad_norm"):
             assert one["last"][key] == pytest.approx(wanted["last"][key], rel=1e-9), (name, key)
+        for key in ("loss", "size_loss"):
+            assert one["mean"][key] == pytest.approx(wanted["mean"][key], rel=1e-9), (name, key)
         require_close(one["weights"], wanted["weights"], 1e-8, name)
     assert {key for one in found for key in one["weights"]} == wanted["weights"].keys(), name
     for i, gradients in enumerate(wanted["updates"]):

@@ -13,7 +13,6 @@ from herdkit.adapters import compose
 from herdkit.adapters.batching import Batch
 from herdkit.adapters.contract import ModalityBatch, Placements
 from herdkit.adapters.distribute import share_out
-from herdkit.adapters.objective import next_token
 from herdkit.text.model import Transformer
 from herdkit.text.rows import TokenBatch
 from herdkit.text.weights import HeldWeights
@@ -86,7 +85,7 @@ def composed(layout: dict, images: int) -> dict:
         ),
     }
     part = share_out(model, HeldWeights.of(model.text), place, 16)
-    loss, *_ = part.objective(next_token)(part.model, Batch(rows, inputs))
+    loss, *_ = part.objective(part.model, Batch(rows, inputs))
     loss.backward()
     parameters = list(part.model.named_parameters())
     summed_gradients(parameters, place, StageCopies((name for name, _ in parameters), place))
