@@ -20,12 +20,13 @@ from torch.nn import functional as F
 
 from ..adapters.contract import Adapter, Contribution
 from ..data.media import MediaError, audio_length, load_audio
-from ..text.model import FeedForward, RMSNorm, Transformer, TransformerConfig
-from ..train.parallel import whole
+from ..text.model import FeedForward, RMSNorm, TransformerConfig
+from ..train.sharding import borrow_weight
 from .conformer import Attention, ConformerConfig, conformer_preset, rotations, valid_frames
 from .ctc import ctc_loss, greedy_ctc
 from .encoders import ConformerSpec, EncoderSpec, encoder_spec
 from .features import FeatureConfig, log_mel, pad_features
+from .transcript_losses import TOKENS, TranscriptLosses
 
 
 @dataclass(kw_only=True)
@@ -205,19 +206,21 @@ class SpeechAdapter(Adapter):
         encoder: the `Conformer`, the part that BEST-RQ trains, or another one.
         ctc: linear layer on the encoder's frames, or None.
         words: linear layer from soft tokens to the language model's tokens, with a `word_temperature`; else None.
+        losses: of recordings that come with what is said in them.
     """
 
     modality = "speech"
     part = "audio"
     placeholder = "<|audio|>"
     config_class = SpeechAdapterConfig
+    requires = ("embeddings",)
 
     def __init__(self, config: SpeechAdapterConfig, text: TransformerConfig):
         super().__init__(config, text)
         self.prepare = SpeechPreparation(config)
+        self.losses = TranscriptLosses()
         self.words = None
         if config.word_temperature is not None:
-            self.requires = ("text",)
             self.words = nn.Linear(text.dim, text.vocab_size)
         spec = config.encoder_spec
         self.encoder = spec.build()
@@ -284,19 +287,30 @@ class SpeechAdapter(Adapter):
         self.words.weight.copy_(F.normalize(embeddings, dim=1))
         self.words.bias.zero_()
 
-    def token_logits(self, soft_tokens: Tensor, embeddings: Tensor) -> Tensor:
+    def token_logits(self, soft_tokens: Tensor, embeddings: Tensor | None) -> Tensor:
         """Soft tokens (..., D) of `bridge` to logits (..., V) of the language model's tokens: by the head for words or,
         where there is none, the likeness to each of the language model's embeddings (V, D), from -1 to 1 times the soft
-        token's length in units of `output_scale`."""
-        soft_tokens = soft_tokens / self.config.output_scale
-        return F.linear(soft_tokens, F.normalize(embeddings, dim=1)) if self.words is None else self.words(soft_tokens)
+        token's length in units of `output_scale`.
 
-    def soft_tokens(self, bridged: Tensor, lengths: Tensor, embeddings: Tensor | None) -> Tensor:
+        Raises:
+            ValueError: the embeddings are needed and not there.
+        """
+        soft_tokens = soft_tokens / self.config.output_scale
+        if self.words is not None:
+            return self.words(soft_tokens)
+        if embeddings is None:
+            raise ValueError("soft tokens are compared with the language model's words: give its token embeddings")
+        return F.linear(soft_tokens, F.normalize(embeddings, dim=1))
+
+    def soft_tokens(
+        self, bridged: Tensor, lengths: Tensor, embeddings: Tensor | None, logits: Tensor | None = None
+    ) -> Tensor:
         """What the language model is given, (N, S, D).
 
         Args:
             bridged, lengths: from `bridge`.
             embeddings: (V, D), the language model's; needed where the config has a `word_temperature`.
+            logits: what `token_logits` gives for them, where that is known already.
 
         Raises:
             ValueError: they are needed and not there.
@@ -306,7 +320,7 @@ class SpeechAdapter(Adapter):
             return bridged
         if embeddings is None:
             raise ValueError("word_temperature mixes the language model's words: give its token embeddings")
-        logits = self.token_logits(bridged, embeddings)
+        logits = self.token_logits(bridged, embeddings) if logits is None else logits
         words = (logits / temperature).softmax(-1) @ embeddings
         at = torch.arange(bridged.shape[1], device=bridged.device)
         last = lengths[:, None] - 1
@@ -324,12 +338,18 @@ class SpeechAdapter(Adapter):
         return soft.gather(1, order[..., None].expand_as(soft))
 
     def forward(self, batch: Mapping[str, Tensor], **required: nn.Module) -> Contribution:
-        """Soft tokens (N, S, D) of a batch that `prepare` made."""
-        encoded, lengths = self.encode(batch["features"], batch["frames"])
-        bridged, lengths = self.bridge(encoded, lengths)
-        text = required.get("text")
-        embeddings = whole(text.tok_embeddings.weight) if isinstance(text, Transformer) else None
-        return Contribution(soft_tokens=self.soft_tokens(bridged, lengths, embeddings))
+        """Soft tokens (N, S, D) of a batch that `prepare` made, and the losses of what is said in it, if that is
+        there; see `herdkit.speech.transcript_losses`."""
+        encoded, frames = self.encode(batch["features"], batch["frames"])
+        bridged, lengths = self.bridge(encoded, frames)
+        losses = self.losses.of_frames(self, encoded, frames, batch)
+        embeddings = logits = None
+        if self.words is not None or TOKENS in batch:
+            words = required.get("embeddings")
+            embeddings = None if words is None else borrow_weight(words)
+            logits = self.token_logits(bridged, embeddings)
+            losses |= self.losses.of_soft_tokens(logits, lengths, batch)
+        return Contribution(soft_tokens=self.soft_tokens(bridged, lengths, embeddings, logits), losses=losses)
 
     def ctc_loss(
         self, encoded: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor

@@ -19,7 +19,15 @@ from .conformer import valid_frames
 def ctc_loss(
     logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of the targets, summed over utterances, and the number of target tokens.
+    """Negative log-likelihood of the targets, summed over utterances, and the number of target tokens; arguments as in
+    `ctc_by_utterance`."""
+    return ctc_by_utterance(logits, lengths, targets, target_lengths, blank).sum(), target_lengths.sum()
+
+
+def ctc_by_utterance(
+    logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int = 0
+) -> Tensor:
+    """Negative log-likelihood of the targets of each utterance, (N,) float32 or float64.
 
     Args:
         logits: (N, T, V), any floating dtype; computed in float32 or wider.
@@ -44,8 +52,7 @@ def ctc_loss(
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = logits.log_softmax(dim=-1).transpose(0, 1)
-        loss_sum = F.ctc_loss(scores, targets, lengths, target_lengths, blank=blank, reduction="sum")
-    return loss_sum, target_lengths.sum()
+        return F.ctc_loss(scores, targets, lengths, target_lengths, blank=blank, reduction="none")
 
 
 def least_frames(targets: Sequence[int]) -> int:

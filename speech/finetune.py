@@ -16,24 +16,28 @@ from torch import Tensor
 
 from ..adapters.batching import Batch, DialogCollator, DialogEncoder
 from ..adapters.compose import ComposedModel
-from ..adapters.contract import Contribution, ModalityBatch
-from ..adapters.objective import next_token
+from ..adapters.objective import DialogObjective
 from ..adapters.projector import embedding_scale
 from ..adapters.stage import AdapterRecipe, initial_model, train_on_dialogs
 from ..data.dialogs import Part, dialog_sample
 from ..data.media import load_audio
 from ..data.shards import Sample
-from ..text.objective import Metrics, token_loss
+from ..text.objective import token_loss
 from ..text.rows import IGNORE, TokenBatch, lay_out
 from ..text.tokenizer import Tokenizer
+from ..train.objective import Outcome
 from ..train.parallel import whole
+from ..train.place import Place
 from ..train.recipe import Stage
 from .adapter import SpeechAdapter, SpeechAdapterConfig
 from .augment import WaveformAugmentConfig, augment_waveform
-from .ctc import ctc_loss, least_frames
+from .ctc import least_frames
 from .distil import distillation_loss
 from .encoders import load_encoder
 from .features import SpecAugmentConfig, spec_augment
+from .transcript_losses import BYTES, TOKENS, TranscriptLosses, said
+
+WEIGHTS = ("answer_weight", "ctc_weight", "alignment_weight", "distil_weight")
 
 
 @dataclass(kw_only=True)
@@ -47,7 +51,7 @@ class SpeechRecipe(AdapterRecipe):
         encoder_weights: safetensors file of the encoder pre-trained with BEST-RQ; of an encoder of transformers, a
             directory in its layout; "" starts it at random.
         answer_weight: of the language model's loss, the paper's only one. At 0 the language model is left out, and
-            the CTC losses alone train encoder and adapter, in two thirds of the time.
+            the CTC losses alone train encoder and adapter, in two thirds of the time; not in a pipeline.
         ctc_weight: of a CTC loss that spells the transcript, in bytes of UTF-8, from the encoder alone.
         alignment_weight: of a CTC loss that reads the transcript's tokens off the soft tokens (`token_logits` of the
             adapter): what is heard comes to the language model as the words that it knows. Neither loss is in the
@@ -56,10 +60,11 @@ class SpeechRecipe(AdapterRecipe):
             have learned to read past it.
         distil_weight: of the divergence of the language model's answer from the one that it gives to the transcript in
             place of the recording; see `herdkit.speech.distil`. It needs no right answers: with an `answer_weight` of 0
-            the dialogs' answers only say over which tokens it is taken. Not with packed rows.
+            the dialogs' answers only say over which tokens it is taken. Not with packed rows, nor where processes share
+            more than the storage of weights.
         distil_temperature: see there.
-        augment: masks of SpecAugment; None for none.
-        waveform_augment: speed and noise of the recordings; None for none.
+        augment: masks of SpecAugment; None for none. They depend on the sample's position in the run alone.
+        waveform_augment: speed and noise of the recordings, likewise; None for none.
     """
 
     adapter: SpeechAdapterConfig | None = None
@@ -74,7 +79,7 @@ class SpeechRecipe(AdapterRecipe):
     waveform_augment: WaveformAugmentConfig | None = None
 
     def __post_init__(self):
-        for name in ("answer_weight", "ctc_weight", "alignment_weight", "distil_weight"):
+        for name in WEIGHTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.distil_temperature <= 0:
@@ -83,46 +88,17 @@ class SpeechRecipe(AdapterRecipe):
             raise ValueError("distil_weight goes with a row for each sample; set data.packed to false")
 
 
-@dataclass
-class Transcripts:
-    """What is said in N utterances.
-
-    Args:
-        ids: (N, L) int64, padded on the right.
-        lengths: (N,) int64.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> Transcripts:
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        return cls(ids, torch.tensor([len(row) for row in rows]))
-
-    def to(self, device) -> Transcripts:
-        return Transcripts(self.ids.to(device), self.lengths.to(device))
-
-
 @dataclass(kw_only=True)
 class SpeechBatch(Batch):
-    """A batch with what the losses of the recipe need of the transcripts of its utterances, in the order of the speech
-    inputs: as tokens of the language model, as bytes, and, `written`, the same dialogs with the transcripts in place of
-    the recordings."""
+    """A batch with what the losses of the recipe need of the transcripts of its utterances: among the tensors of the
+    recordings what is said, see `herdkit.speech.transcript_losses`, and, `written`, the same dialogs with the
+    transcripts in place of the recordings."""
 
-    tokens_said: Transcripts | None = None
-    bytes_said: Transcripts | None = None
     written: TokenBatch | None = None
 
     def to(self, device) -> SpeechBatch:
         moved = super().to(device)
-        return SpeechBatch(
-            rows=moved.rows,
-            inputs=moved.inputs,
-            tokens_said=self.tokens_said and self.tokens_said.to(device),
-            bytes_said=self.bytes_said and self.bytes_said.to(device),
-            written=self.written and self.written.to(device),
-        )
+        return SpeechBatch(rows=moved.rows, inputs=moved.inputs, written=self.written and self.written.to(device))
 
 
 class SpeechCollator(DialogCollator):
@@ -134,6 +110,7 @@ class SpeechCollator(DialogCollator):
         aligned: one will read them in tokens off the soft tokens.
         distilled: the language model will read them as well.
         augment: how recordings are changed, drawn from `seed` and the sample's position.
+        masks: what is hidden of their features, drawn likewise.
     """
 
     def __init__(
@@ -143,12 +120,13 @@ class SpeechCollator(DialogCollator):
         aligned: bool = False,
         distilled: bool = False,
         augment: WaveformAugmentConfig | None = None,
+        masks: SpecAugmentConfig | None = None,
         seed: int = 0,
         **options: Any,
     ):
         super().__init__(*given, **options)
         self.spelled, self.aligned, self.distilled = spelled, aligned, distilled
-        self.augment, self.seed = augment, seed
+        self.augment, self.masks, self.seed = augment, masks, seed
 
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> SpeechBatch:
         """
@@ -156,7 +134,9 @@ class SpeechCollator(DialogCollator):
             ValueError: where a loss needs them, a sample has no transcript, not exactly one recording, or more words
                 than a CTC loss can read off it.
         """
-        batch = super().__call__([(position, self._augmented(position, sample)) for position, sample in samples])
+        samples = [(position, self._augmented(position, sample)) for position, sample in samples]
+        batch = super().__call__(samples)
+        self._hide(batch, samples)
         if not (self.spelled or self.aligned or self.distilled):
             return SpeechBatch(rows=batch.rows, inputs=batch.inputs)
         for _, sample in samples:
@@ -165,8 +145,8 @@ class SpeechCollator(DialogCollator):
         speech = batch.inputs.get("speech")
         if speech is None or speech.placements.input.tolist() != list(range(len(samples))):
             raise ValueError(f"{samples[0][1].shard}: every sample needs exactly one recording")
-        said = [sample.text("txt") for _, sample in samples]
-        in_tokens, in_bytes = [self.tokenizer.encode(text) for text in said], [list(text.encode()) for text in said]
+        texts = [sample.text("txt") for _, sample in samples]
+        in_tokens, in_bytes = [self.tokenizer.encode(text) for text in texts], [list(text.encode()) for text in texts]
         length = self.ports["audio"].prepare.config.encoder_spec.length  # type: ignore[attr-defined]
         frames = [length(n) for n in speech.tensors["frames"].tolist()]
         soft_tokens = [n - 2 for n in speech.placements.length.tolist()]  # without the vectors around them
@@ -178,13 +158,10 @@ class SpeechCollator(DialogCollator):
                         f"{sample.shard}: sample {sample.key}: the transcript needs {least} frames for its {unit}, "
                         f"but the recording has {space}: is it of another text, or cut off?"
                     )
-        return SpeechBatch(
-            rows=batch.rows,
-            inputs=batch.inputs,
-            tokens_said=Transcripts.of(in_tokens) if self.aligned else None,
-            bytes_said=Transcripts.of(in_bytes) if self.spelled else None,
-            written=self._written([sample for _, sample in samples], said) if self.distilled else None,
-        )
+        for wanted, name, rows in ((self.spelled, BYTES, in_bytes), (self.aligned, TOKENS, in_tokens)):
+            speech.tensors |= said(name, rows) if wanted else {}
+        written = self._written([sample for _, sample in samples], texts) if self.distilled else None
+        return SpeechBatch(rows=batch.rows, inputs=batch.inputs, written=written)
 
     def lengths(self, sample: Sample) -> list[int]:
         """As of `DialogCollator`; the longest that augmentation can make of it."""
@@ -204,9 +181,24 @@ class SpeechCollator(DialogCollator):
             members[name] = augment_waveform(load_audio(part.media, rate), rate, self.augment, rng, longest)
         return replace(sample, members=members)
 
-    def _written(self, samples: Sequence[Sample], said: Sequence[str]) -> TokenBatch:
+    def _hide(self, batch: Batch, samples: Sequence[tuple[int, Sample]]) -> None:
+        """Hides spans of the features of each recording, whatever others it shares a batch with."""
+        if self.masks is None or "speech" not in batch.inputs:
+            return
+        tensors, names = batch.inputs["speech"].tensors, []
+        for position, sample in samples:
+            media = (part for message in dialog_sample(sample, tuple(self.ports)) for part in message.media)
+            recordings = {id(part.media) for part in media if part.type == "audio"}
+            names += [f"{self.seed}/{position}/{number}" for number in range(len(recordings))]
+        hidden = []
+        for name, features, frames in zip(names, tensors["features"], tensors["frames"], strict=True):
+            generator = torch.Generator().manual_seed(Random(name).getrandbits(63))
+            hidden.append(spec_augment(features[None], frames[None], self.masks, generator))
+        tensors["features"] = torch.cat(hidden)
+
+    def _written(self, samples: Sequence[Sample], texts: Sequence[str]) -> TokenBatch:
         encoder, rows = DialogEncoder(self.tokenizer, {}), []
-        for sample, words in zip(samples, said, strict=True):
+        for sample, words in zip(samples, texts, strict=True):
             messages = dialog_sample(sample, tuple(self.ports))
             for message in messages:
                 message.parts = [Part("text", text=words) if part.type == "audio" else part for part in message.parts]
@@ -215,66 +207,40 @@ class SpeechCollator(DialogCollator):
 
 
 @dataclass(kw_only=True)
-class SpeechObjective:
-    """Next-token loss of the answers, divergence from the answers to the written words, and the CTC losses, weighted as
-    in the recipe and summed over tokens; the count is that of the answers' tokens. `blank` is a token of the language
-    model."""
+class SpeechObjective(DialogObjective):
+    """Next-token loss of the answers and divergence from the answers to the written words, weighted as in the recipe
+    and summed over tokens, and the losses that the adapter finds by itself."""
 
-    answer_weight: float = 1.0
-    ctc_weight: float = 0.0
-    alignment_weight: float = 0.0
-    blank: int = -1
     distil_weight: float = 0.0
     distil_temperature: float = 1.0
-    augment: SpecAugmentConfig | None = None
 
-    def __call__(self, model: ComposedModel, batch: SpeechBatch) -> tuple[Tensor, Tensor, Metrics]:
-        if "speech" not in batch.inputs:  # dialogs without a recording in the mixture
-            answered, count, metrics = next_token(model, batch)
-            return self.answer_weight * answered, count, metrics | {"answer_loss": (answered.detach(), count)}
-        speech: SpeechAdapter = model.adapters["speech"]  # type: ignore[assignment]
-        inputs: ModalityBatch = batch.inputs["speech"]
-        features, frames = inputs.tensors["features"], inputs.tensors["frames"]
-        if self.augment is not None and speech.training:
-            features = spec_augment(features, frames, self.augment)
-        encoded, lengths = speech.encode(features, frames)
-        bridged, soft_lengths = speech.bridge(encoded, lengths)
-        embeddings = whole(model.text.tok_embeddings.weight)
-        count = (batch.labels != IGNORE).sum()
-        loss, metrics = bridged.new_zeros(()), {}
-        if self.answer_weight or self.distil_weight:
-            given = {"speech": Contribution(soft_tokens=speech.soft_tokens(bridged, soft_lengths, embeddings))}
-            hidden = model.hidden(batch.tokens, batch.inputs, documents=batch.documents, contributions=given)
-            if self.answer_weight:
-                answered, count, metrics = token_loss(model.text, hidden, batch.labels)
-                metrics |= {"answer_loss": (answered.detach(), count)}
-                loss = self.answer_weight * answered
-            if self.distil_weight:
-                divergence = self._divergence(model, batch, hidden)
-                metrics |= {"divergence": (divergence.detach(), count)}
-                loss = loss + self.distil_weight * divergence
-        if self.ctc_weight:
-            # Class 0 is the blank, so that the byte b is class b + 1.
-            said = batch.bytes_said
-            assert said is not None
-            spelled, n = speech.ctc_loss(encoded, lengths, said.ids + 1, said.lengths)
-            metrics |= {"ctc_loss": (spelled.detach(), n)}
-            loss = loss + self.ctc_weight * spelled
-        if self.alignment_weight:
-            # Without the two vectors around the utterance.
-            logits = speech.token_logits(bridged[:, 1:], embeddings)
-            said = batch.tokens_said
-            assert said is not None
-            aligned, n = ctc_loss(logits, soft_lengths - 2, said.ids, said.lengths, self.blank)
-            metrics |= {"alignment_loss": (aligned.detach(), n)}
-            loss = loss + self.alignment_weight * aligned
+    @property
+    def reads_text(self) -> bool:
+        return super().reads_text or self.distil_weight > 0
+
+    def require_fits(self, place: Place) -> None:
+        super().require_fits(place)
+        if self.distil_weight:
+            place.require_storage_alone("distil_weight, which compares the states of two rows,")
+
+    def of_answers(self, model: ComposedModel, hidden: Tensor, batch: Batch) -> Outcome:
+        if self.answer_weight:
+            answered, count, found = token_loss(model.text, hidden, batch.labels)
+            loss, metrics = self.answer_weight * answered, {**found, "answer_loss": (answered.detach(), count)}
+        else:
+            loss, count, metrics = hidden.new_zeros(()), (batch.labels != IGNORE).sum(), {}
+        if self.distil_weight:
+            assert isinstance(batch, SpeechBatch)
+            assert batch.written is not None
+            divergence = self._divergence(model, hidden, batch.labels, batch.written)
+            loss = loss + self.distil_weight * divergence
+            metrics = {**metrics, "divergence": (divergence.detach(), count)}
         return loss, count, metrics
 
-    def _divergence(self, model: ComposedModel, batch: SpeechBatch, heard: Tensor) -> Tensor:
-        assert batch.written is not None
+    def _divergence(self, model: ComposedModel, heard: Tensor, labels: Tensor, written: TokenBatch) -> Tensor:
         with torch.no_grad():
-            read = model.text.hidden(batch.written.tokens, documents=batch.written.documents)
-        states = heard[batch.labels != IGNORE], read[batch.written.labels != IGNORE]
+            read = model.text.hidden(written.tokens, documents=written.documents)
+        states = heard[labels != IGNORE], read[written.labels != IGNORE]
         return distillation_loss(*states, whole(model.text.output_weight), self.distil_temperature)
 
 
@@ -285,11 +251,8 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         ValueError: `adapter` is given and `init` has one, or the other way round; `blank` is not one token; every
             loss has weight 0.
     """
-    losses = {
-        name: getattr(recipe, name) for name in ("answer_weight", "ctc_weight", "alignment_weight", "distil_weight")
-    }
-    if not any(losses.values()):
-        raise ValueError(f"{', '.join(losses)} are all 0: nothing would be learned")
+    if not any(getattr(recipe, name) for name in WEIGHTS):
+        raise ValueError(f"{', '.join(WEIGHTS)} are all 0: nothing would be learned")
     torch.manual_seed(recipe.trainer.seed)
     model, weights = initial_model(recipe)
     if (recipe.adapter is None) != ("speech" in model.modalities):
@@ -300,8 +263,14 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
     if recipe.adapter is not None:
         words = weights.tensor("tok_embeddings.weight", model.text.tok_embeddings.weight)
         model.attach(new_adapter(recipe, recipe.adapter, model, words, blank))
+    speech: SpeechAdapter = model.adapters["speech"]  # type: ignore[assignment]
+    speech.losses = TranscriptLosses(
+        ctc_weight=recipe.ctc_weight, alignment_weight=recipe.alignment_weight, blank=blank
+    )
     objective = SpeechObjective(
-        **losses, blank=blank, distil_temperature=recipe.distil_temperature, augment=recipe.augment
+        answer_weight=recipe.answer_weight,
+        distil_weight=recipe.distil_weight,
+        distil_temperature=recipe.distil_temperature,
     )
     collator = partial(
         SpeechCollator,
@@ -309,6 +278,7 @@ def finetune(recipe: SpeechRecipe, run_dir: Path) -> dict[str, Any]:
         aligned=recipe.alignment_weight > 0,
         distilled=recipe.distil_weight > 0,
         augment=recipe.waveform_augment,
+        masks=recipe.augment,
         seed=recipe.trainer.seed,
     )
     return train_on_dialogs(recipe, model, weights, run_dir, objective, collator)

@@ -59,12 +59,12 @@ def test_mixtures_are_the_words_that_the_soft_tokens_are_most_like():
     plain, mixing = adapter(output_scale=0.3), adapter(output_scale=0.3, word_temperature=0.01, words=words)
     found = mixing.load_state_dict(plain.state_dict(), strict=False)
     assert found.missing_keys == ["words.weight", "words.bias"]
-    assert (plain.requires, mixing.requires) == ((), ("text",))
+    assert plain.requires == mixing.requires == ("embeddings",)
     with pytest.raises(ValueError, match="give its token embeddings"):
         mixing(mixing.prepare(waveforms(9000)))
     batch = plain.prepare(waveforms(9000, 16000))
     bridged, lengths = plain.bridge(*plain.encode(batch["features"], batch["frames"]))
-    given = mixing(batch, text=text).soft_tokens
+    given = mixing(batch, embeddings=text.tok_embeddings).soft_tokens
     torch.testing.assert_close(mixing.token_logits(bridged, words), plain.token_logits(bridged, words))
     for n, length in enumerate(lengths.tolist()):
         said = F.cosine_similarity(bridged[n, 1 : length - 1, None], words, dim=-1).argmax(-1)
@@ -120,11 +120,11 @@ def test_the_head_decides_which_word_a_soft_token_is():
 def test_a_model_hands_its_words_to_the_adapter_that_mixes_them():
     model = compose(text=Transformer(TEXT), speech=adapter(word_temperature=1.0))
     batch = model.speech.prepare(waveforms(9000))
-    S = model.speech(batch, text=model.text).soft_tokens.shape[1]
+    S = model.speech(batch, embeddings=model.text.tok_embeddings).soft_tokens.shape[1]
     one = torch.zeros(1, dtype=torch.int64)
     where = Placements(row=one, start=one, length=one + S, end=one + S, input=one)
     logits = model(torch.zeros(1, S, dtype=torch.int64), {"speech": ModalityBatch(batch, where)})
-    expected = model.text(embeddings=model.speech(batch, text=model.text).soft_tokens)
+    expected = model.text(embeddings=model.speech(batch, embeddings=model.text.tok_embeddings).soft_tokens)
     torch.testing.assert_close(logits, expected)
     with pytest.raises(ValueError, match="word_temperature must be positive, not 0"):
         config(word_temperature=0.0)

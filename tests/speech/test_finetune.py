@@ -16,21 +16,24 @@ from herdkit.data.shards import Sample, ShardWriter
 from herdkit.data.sources import DataConfig, SourceConfig, open_loader
 from herdkit.speech import ConformerConfig, SpeechAdapter, SpeechAdapterConfig
 from herdkit.speech.augment import WaveformAugmentConfig
+from herdkit.speech.features import SpecAugmentConfig
 from herdkit.speech.finetune import (
     SpeechCollator,
     SpeechObjective,
     SpeechRecipe,
-    Transcripts,
     blank_token,
     new_adapter,
     surround_as_text,
 )
+from herdkit.speech.transcript_losses import TranscriptLosses
 from herdkit.text.model import Transformer, TransformerConfig
 from herdkit.text.tokenizer import Tokenizer
 from herdkit.train.config import RecipeError, load_recipe
 from torch.nn import functional as F
 
 RECIPE = Path(herdkit.__file__).parent / "speech/recipes/tiny_transcription.yaml"
+DIALOG_OF_TWO = b"""{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "flac"},
+{"type": "text", "text": "or"}, {"type": "audio", "audio": "wav"}]}, {"role": "assistant", "content": "go left"}]}"""
 WORDS = ["red star", "go left", "what is two plus one"]
 
 
@@ -69,8 +72,9 @@ def collate(model, samples, **options):
 
 
 def objective(model, ctc=0.0, alignment=0.0, answer=1.0, **options) -> SpeechObjective:
-    weights = {"answer_weight": answer, "ctc_weight": ctc, "alignment_weight": alignment}
-    return SpeechObjective(**weights, blank=model.tokenizer.encode(" .")[0], **options)
+    blank = model.tokenizer.encode(" .")[0]
+    model.speech.losses = TranscriptLosses(ctc_weight=ctc, alignment_weight=alignment, blank=blank)
+    return SpeechObjective(answer_weight=answer, **options)
 
 
 def gradients(model, found: SpeechObjective, batches) -> dict[str, torch.Tensor]:
@@ -97,11 +101,12 @@ def test_a_transcript_that_does_not_fit_its_recording_is_a_bad_sample(model):
 def test_a_batch_holds_the_words_as_tokens_and_as_bytes(model):
     batch = collate(model, [sample(0), sample(2)])
     for i, words in enumerate((WORDS[0], WORDS[2])):
-        tokens, spelled = batch.tokens_said, batch.bytes_said
-        assert tokens.ids[i, : tokens.lengths[i]].tolist() == model.tokenizer.encode(words)
-        assert bytes(spelled.ids[i, : spelled.lengths[i]].tolist()).decode() == words
-    moved = batch.to("cpu")
-    assert isinstance(moved.tokens_said, Transcripts)
+        tensors = batch.inputs["speech"].tensors
+        tokens, spelled = (
+            tensors[name][i, : tensors[f"{name}_lengths"][i]].tolist() for name in ("tokens_said", "bytes_said")
+        )
+        assert tokens == model.tokenizer.encode(words)
+        assert bytes(spelled).decode() == words
     with pytest.raises(ValueError, match=r"made\.tar: sample 001 has no member 'txt'"):
         collate(model, [sample(1, txt=None)])
 
@@ -142,7 +147,7 @@ def test_without_the_answers_the_language_model_is_left_out(model, monkeypatch):
     batch = collate(model, [sample(0), sample(1)])
     both = objective(model, 0.5, 0.7)(model, batch)
     answers = objective(model)(model, batch)
-    monkeypatch.setattr(type(model), "hidden", lambda *_, **__: pytest.fail("the language model ran"))
+    monkeypatch.setattr(Transformer, "hidden", lambda *_, **__: pytest.fail("the language model ran"))
     loss, count, metrics = objective(model, 0.5, 0.7, answer=0.0)(model, batch)
     torch.testing.assert_close(loss, both[0] - answers[0])
     assert count == both[1] > 0
@@ -263,6 +268,32 @@ def test_recordings_are_augmented_by_their_place_in_the_run(model):
     assert measure.lengths(samples[0]) == [188]
 
 
+def test_masks_are_those_of_a_recording_whatever_it_shares_a_batch_with(model):
+    ports, masks = [Port.of(model.adapters["speech"])], SpecAugmentConfig(time_share=0.2)
+    samples = list(enumerate([sample(0), sample(1, 2.0), sample(2)]))
+    collate = SpeechCollator(model.tokenizer, ports, masks=masks, seed=3)
+
+    def features(collator, given):
+        return collator(given).inputs["speech"].tensors["features"]
+
+    together = features(collate, samples)
+    plain = features(SpeechCollator(model.tokenizer, ports), samples)
+    hidden = together != plain
+    assert together[hidden].eq(0).all()
+    assert all(0.05 < share < 0.9 for share in hidden.float().mean((1, 2)).tolist())
+    assert not torch.equal(hidden[0], hidden[2])
+    for i, one in enumerate(samples):
+        alone = features(collate, [one])[0]
+        assert torch.equal(together[i, : len(alone)], alone)
+    other = features(SpeechCollator(model.tokenizer, ports, masks=masks, seed=4), samples)
+    assert not torch.equal(other != plain, hidden)
+    two = [(0, sample(0)), (1, sample(1, json=DIALOG_OF_TWO, wav=sample(2).members["flac"])), (2, sample(2))]
+    found = features(collate, two)
+    assert torch.equal(found[0], features(collate, two[:1])[0])
+    assert torch.equal(found[3], features(collate, two[2:])[0])
+    assert not torch.equal(found[1].eq(0), found[2].eq(0))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -279,18 +310,16 @@ def test_unusable_settings_are_named(override, message):
 
 
 def test_without_such_losses_dialogs_need_no_transcripts_and_may_have_any_number_of_recordings(model):
-    twice = b'{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "flac"},'
-    twice += b'{"type": "text", "text": "or"}, {"type": "audio", "audio": "wav"}]},'
-    twice += b'{"role": "assistant", "content": "go left"}]}'
     silent = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go left"}]}'
     samples = [
         sample(0, txt=None),
-        sample(1, txt=None, json=twice, wav=sample(2).members["flac"]),
+        sample(1, txt=None, json=DIALOG_OF_TWO, wav=sample(2).members["flac"]),
         sample(3, txt=None, flac=None, json=silent),
     ]
     batch = collate(model, samples, spelled=False, aligned=False)
     assert batch.inputs["speech"].placements.row.tolist() == [0, 1, 1]
-    assert batch.tokens_said is batch.bytes_said is batch.written is None
+    assert set(batch.inputs["speech"].tensors) == {"features", "frames"}
+    assert batch.written is None
     assert isinstance(batch.to("cpu"), type(batch))
     loss, count, _ = objective(model)(model, batch)
     logits = model(batch.tokens, batch.inputs)[batch.labels >= 0]
