@@ -58,7 +58,7 @@ CHAIN = (
 SIDE = 192
 
 
-def run(out: Path, seed: int = 0, *, written: int = 12_000, charts: int = 5_000, held_out: int = 600) -> dict[str, Any]:
+def run(out: Path, seed: int = 0, *, written: int = 12_000, charts: int = 8_000, held_out: int = 600) -> dict[str, Any]:
     """Makes the data, trains the chain and examines its model.
 
     Args:

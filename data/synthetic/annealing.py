@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from . import charts, encoding, grounding, screenshots, structured
-from .figures import Structured
+from .figures import NOUNS, Structured
 from .samples import Made
 from .words import typed
 
@@ -47,21 +47,32 @@ def drawn_charts(
     return made
 
 
-def written_charts(sets: Sequence[str], seed: int, start: int, stop: int) -> list[Made]:
+def written_charts(sets: Sequence[str], seed: int, start: int, stop: int, *, side: int) -> list[Made]:
     """Tables of charts of the split "train" in writing, with questions on them, so that a language model learns what
-    there is to answer before it sees a picture."""
+    there is to answer before it sees a picture. Their names and values are those of charts of `side` pixels.
+
+    Two more questions ask for the catalogue number of a name, which follows from the name alone and is beyond all
+    values: on these a model soon learns to carry the name to where its number is said, as it must for a value in a
+    picture. To look values up in the table itself takes it more updates than the chart demo has."""
     made: list[Made] = []
     for index in range(start, stop):
         rng = Random(f"{seed}/written chart/{index}")
-        data, numbers = charts.chart_data(rng, small=rng.random() < 0.5), rng.random() < 0.85
+        data = charts.chart_data(rng, small=side < charts.SMALL_SIDE, possible=charts.values_at(side))
+        numbers = rng.random() < 0.85
         text = data.text(numbers)
         asked = [one for one in data.questions(rng, numbers) if numbers or one.kind in ("count", "title")]
+        pairs = [(question.question, question.sentence) for question in asked]
+        pairs += [
+            (f"what is the number of {name}", f"the number of {name} is {charts.VALUES.stop + NOUNS.index(name)}")
+            for name in rng.sample(data.names, 2)
+        ]
+        rng.shuffle(pairs)
         messages: list[dict[str, Any]] = []
-        for question in asked:
-            words = typed(question.question, rng)
+        for question, sentence in pairs:
+            words = typed(question, rng)
             content = words if messages else f"{text}\n\n{words}"
-            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": question.sentence}]
-        said = "\n".join((text, "", *(f"{question.question}? {question.sentence}" for question in asked)))
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": sentence}]
+        said = "\n".join((text, "", *(f"{question}? {sentence}" for question, sentence in pairs)))
         made.append((sets[0], f"{index:06d}", {"txt": said, "json": {"messages": messages}}))
     return made
 
@@ -116,7 +127,7 @@ class Kind:
 
 KINDS = {
     "charts": Kind(sets=("chart_texts", "chart_questions"), make=drawn_charts, split=True, sized=True),
-    "written_charts": Kind(sets=("written_charts",), make=written_charts),
+    "written_charts": Kind(sets=("written_charts",), make=written_charts, sized=True),
     **{
         kind: Kind(sets=(kind,), make=structured_pictures, options={"kind": kind}, sized=True)
         for kind in structured.MAKERS

@@ -83,7 +83,7 @@ class ChartData:
             _question("title", "what is the title", self.title, TITLES, "the title is {}"),
         ]  # fmt: skip
         if numbers:
-            form = f"{one} has the value {{}}"
+            form = f"the value of {one} is {{}}"
             choices = tuple(map(str, self.possible))
             asked.append(_question("value", f"what is the value of {one}", str(values[one]), choices, form))
         rng.shuffle(asked)
@@ -120,6 +120,11 @@ def chart_data(
     return chart_data(rng, split, small, share, possible)
 
 
+def values_at(side: int) -> range:
+    """The possible values of charts of `side` pixels."""
+    return SMALL_VALUES if side < SMALL_SIDE else VALUES
+
+
 def chart(rng: Random, style: str | None = None, side: int = 336, split: Split = "train") -> Structured:
     """A chart, its table as markdown, and questions on it. Some bars and lines have no numbers: then the table has
     none, and no question asks for one.
@@ -136,8 +141,7 @@ def chart(rng: Random, style: str | None = None, side: int = 336, split: Split =
     if style not in STYLES:
         raise ValueError(f"no chart style {style!r}; there are {', '.join(STYLES)}")
     small = side < SMALL_SIDE
-    possible = SMALL_VALUES if small else VALUES
-    data = chart_data(rng, split, small, _SLICE if style == "pie" else 0.0, possible)
+    data = chart_data(rng, split, small, _SLICE if style == "pie" else 0.0, values_at(side))
     numbers = style in ("pie", "list") or rng.random() < 0.75
     inks = rng.sample(INKS, len(data.names)) if style == "pie" or rng.random() < 0.5 else [rng.choice(INKS)]
     if small:

@@ -17,6 +17,8 @@ MOST_ROWS = CELLS - 1
 
 _TYPE = 0.36
 """Height of letters, in cells."""
+_GAP = 0.08
+"""Half the space between the words of the title, in cells."""
 _LEFT, _RIGHT = 0.15, CELLS - 0.15
 
 
@@ -27,6 +29,7 @@ def draw(
 
     Args:
         style: a key of `DRAWERS`.
+        title: two words, which meet in the middle, so that each looks the same whatever the other is.
         numbers: whether the values are written; lists and pies always have them.
         inks: one for all names, or one for each.
     """
@@ -36,7 +39,9 @@ def draw(
     axes.set_xlim(0, CELLS)
     axes.set_ylim(CELLS, 0)
     axes.set_axis_off()
-    axes.text(CELLS / 2, 0.5, title, ha="center", va="center", fontsize=size)
+    place, subject = title.split()
+    axes.text(CELLS / 2 - _GAP, 0.5, place, ha="right", va="center", fontsize=size)
+    axes.text(CELLS / 2 + _GAP, 0.5, subject, ha="left", va="center", fontsize=size)
     inks = [inks[i % len(inks)] for i in range(len(names))]
     texts = [str(value) if numbers else "" for value in values]
     DRAWERS[style](axes, names, values, texts, inks, size)

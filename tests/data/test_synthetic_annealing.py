@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from herdkit.data.dialogs import dialog_sample
 from herdkit.data.shards import Sample, ShardReader
 from herdkit.data.synthetic import annealing, screenshots
 from herdkit.data.synthetic.annealing import KINDS
-from herdkit.data.synthetic.charts import SMALL_SIDE, pair_is_held_out, title_is_held_out
+from herdkit.data.synthetic.charts import SMALL_SIDE, SMALL_VALUES, VALUES, pair_is_held_out, title_is_held_out
+from herdkit.data.synthetic.figures import NOUNS
 from herdkit.data.synthetic.sets import build_annealing
 from PIL import Image
 
@@ -62,7 +64,23 @@ def test_charts_are_transcribed_and_asked_about(made):
         first, *_ = dialog_sample(sample)
         numbers = "| value |" in first.text
         asked = {message.text.rstrip("?").split("\n")[-1] for message in dialog_sample(sample)[::2]}
-        assert len(asked) == (6 if numbers else 2)
+        assert len(asked) == (6 if numbers else 2) + 2
+        rows = [line.strip("| ").split(" | ") for line in first.text.split("\n\n")[1].splitlines()[2:]]
+        for said in dialog_sample(sample)[1::2]:
+            if said.text.startswith("the number of"):
+                name, number = said.text.split()[3], int(said.text.split()[5])
+                assert [name] in [row[:1] for row in rows]
+                assert VALUES.stop + NOUNS.index(name) == number not in VALUES
+
+
+def test_small_tables_in_writing_hold_what_small_charts_can(tmp_path):
+    build_annealing(tmp_path, {"written_charts": 20}, seed=2, workers=0, side=SMALL_SIDE - 1)
+    for sample in read(tmp_path, "written_charts"):
+        _, *rows = (line.strip("| ").split(" | ") for line in sample.text("txt").split("\n\n")[1].splitlines()[1:])
+        assert len(rows) <= 5
+        for name, *value in rows:
+            assert len(name) <= 5
+            assert not value or int(*value) in SMALL_VALUES
 
 
 def test_test_charts_have_one_question_each_and_all_is_new_in_them(made):
@@ -78,7 +96,8 @@ def test_test_charts_have_one_question_each_and_all_is_new_in_them(made):
 
 
 def test_each_sample_follows_from_seed_and_index():
-    for make, options in ((annealing.drawn_charts, {"split": "train", "side": 96}), (annealing.written_charts, {})):
+    sized: dict[str, Any] = {"side": 96}
+    for make, options in ((annealing.drawn_charts, {"split": "train", **sized}), (annealing.written_charts, sized)):
         together, later = make(["a", "b"], 3, 0, 4, **options), make(["a", "b"], 3, 2, 4, **options)
         assert together[-len(later) :] == later
         assert make(["a", "b"], 4, 2, 4, **options) != later
