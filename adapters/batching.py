@@ -110,10 +110,7 @@ class DialogCollator:
         units: list[list[MediaDocument]] = []
         for position, sample in samples:
             where = f"{sample.shard}: sample {sample.key}"
-            messages = dialog_sample(sample, tuple(self.ports) or ("image", "video", "audio"))
-            split = self.turns == "independent" or (self.turns == "alternate" and position % 2 == 1)
-            dialogs = split_turns(messages) if split else [messages]
-            units.append([encoder.document(dialog, where) for dialog in dialogs])
+            units.append([encoder.document(dialog, where) for dialog in self.dialogs(position, sample)])
             if (length := sum(len(d.tokens) for d in units[-1])) > self.row_length:
                 raise ValueError(f"{where}: {length} tokens do not fit into rows of {self.row_length}")
         if self.packed:
@@ -124,6 +121,16 @@ class DialogCollator:
         longest = max(sum(len(d.tokens) for d in row) for row in rows)
         length = -(-longest // self.row_unit) * self.row_unit
         return Batch(lay_out(rows, self.tokenizer.pad_id, length), encoder.inputs(rows))
+
+    def dialogs(self, position: int, sample: Sample) -> list[list[Message]]:
+        """The dialogs that become documents of a sample at a position in the run; see `Turns`.
+
+        Raises:
+            DialogError: the sample breaks the schema.
+        """
+        messages = dialog_sample(sample, tuple(self.ports) or ("image", "video", "audio"))
+        split = self.turns == "independent" or (self.turns == "alternate" and position % 2 == 1)
+        return split_turns(messages) if split else [messages]
 
     def lengths(self, sample: Sample) -> list[int]:
         """The size of each input of a sample, for batches by length; see `herdkit.data.buckets`.

@@ -186,10 +186,12 @@ class SpeechCollator(DialogCollator):
         if self.masks is None or "speech" not in batch.inputs:
             return
         tensors, names = batch.inputs["speech"].tensors, []
+        met: set[int] = set()  # each distinct one is in the batch once
         for position, sample in samples:
-            media = (part for message in dialog_sample(sample, tuple(self.ports)) for part in message.media)
-            recordings = {id(part.media) for part in media if part.type == "audio"}
-            names += [f"{self.seed}/{position}/{number}" for number in range(len(recordings))]
+            messages = (message for dialog in self.dialogs(position, sample) for message in dialog)
+            new = {id(part.media) for message in messages for part in message.media if part.type == "audio"} - met
+            names += [f"{self.seed}/{position}/{number}" for number in range(len(new))]
+            met |= new
         hidden = []
         for name, features, frames in zip(names, tensors["features"], tensors["frames"], strict=True):
             generator = torch.Generator().manual_seed(Random(name).getrandbits(63))

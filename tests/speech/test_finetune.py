@@ -294,6 +294,23 @@ def test_masks_are_those_of_a_recording_whatever_it_shares_a_batch_with(model):
     assert not torch.equal(found[1].eq(0), found[2].eq(0))
 
 
+def test_masks_follow_the_recordings_that_are_in_a_batch(model):
+    """Not those of a question without an answer, and one that two samples share once."""
+    unanswered = b"""{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "flac"}]},
+    {"role": "assistant", "content": "go left"}, {"role": "user", "content": [{"type": "audio", "audio": "wav"}]}]}"""
+    masks, first, other = SpecAugmentConfig(), sample(0), sample(1)
+    samples = [first, sample(2, json=unanswered, wav=other.members["flac"]), first, other]
+    options = {"spelled": False, "aligned": False, "turns": "independent", "masks": masks}
+    found = collate(model, samples, **options).inputs["speech"].tensors["features"]
+    assert len(found) == 3
+    for given, place in ((0, 0), (1, 1), (3, 2)):
+        collator = SpeechCollator(model.tokenizer, [Port.of(model.adapters["speech"])], masks=masks)
+        one = collator(
+            [(given, replace(samples[given], members={**samples[given].members, "json": first.members["json"]}))]
+        )
+        assert torch.equal(found[place], one.inputs["speech"].tensors["features"][0])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
