@@ -123,10 +123,13 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def _flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
     """For torch's `FlopCounterMode`, which knows its other products."""
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+if torch.backends.mkldnn.is_available():  # else there is no such operator
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
 
 
 class Linear(nn.Linear):

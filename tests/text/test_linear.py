@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from herdkit.text import linear as module
@@ -67,3 +70,15 @@ def test_leaves_everything_but_float32_to_torch(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     assert linear(torch.randn(0, 24), weight).shape == (0, 40)
+
+
+def test_needs_no_onednn():
+    """As in builds of torch for other processors, which have no operators of it."""
+    program = """
+import types, torch
+torch.ops.mkldnn = types.SimpleNamespace()
+torch.backends.mkldnn.is_available = lambda: False
+from herdkit.text.linear import Linear
+assert Linear(3, 4)(torch.zeros(2, 3)).shape == (2, 4)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
