@@ -179,7 +179,7 @@ def attach_adapters(
         raise ModelDirectoryError(f"{path} has no adapter {sorted(missing)}; it has {names}")
     for name, adapter in donor.adapters.items():
         if name in chosen:
-            if weights is None:
+            if not model.text.tok_embeddings.weight.is_meta:
                 read_layers(adapter.interleaved().values(), torch.device("cpu"))
             _join(model, adapter)
 

@@ -8,6 +8,7 @@ from herdkit.adapters import ModelDirectoryError, attach_adapters, compose
 from herdkit.adapters.deferred import has_memory, without_memory
 from herdkit.adapters.distribute import share_out
 from herdkit.adapters.model_directory import open_model
+from herdkit.text.weights import HeldWeights
 from herdkit.train.place import Place
 from herdkit.vision import VideoAdapter, VideoAdapterConfig
 from safetensors.torch import load_file, save_file
@@ -68,6 +69,15 @@ def test_its_adapter_joins_a_model_without_memory(released, tmp_path):
     attach_adapters(model, released["huggingface"], weights=weights)
     assert not any(has_memory(layer) for layer in model.image.interleaved().values())
     require_equal(share_out(model, weights, Place(), 16).model.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_its_adapter_has_its_memory_where_the_language_model_has(released, given):
+    """Weights are given of language models in memory, too, as of those of a layout that is read whole."""
+    whole = herdkit.load(released["huggingface"])
+    model = compose(whole.text, whole.tokenizer)
+    attach_adapters(model, released["huggingface"], weights=HeldWeights.of(model.text) if given else None)
+    require_equal(model.state_dict(), whole.state_dict())
 
 
 def test_a_layer_that_is_not_finite_is_named_when_it_is_read(released, tmp_path):
