@@ -54,6 +54,7 @@ def quantise(model: Transformer) -> Transformer:
     Raises:
         ModuleNotFoundError: torchao is not installed; names the extra.
     """
+    _torchao()
     if model.output is None:
         model.output = Linear(model.config.dim, model.config.vocab_size)
         model.output.weight = nn.Parameter(model.tok_embeddings.weight.detach().clone())
@@ -62,19 +63,25 @@ def quantise(model: Transformer) -> Transformer:
 
 
 def round_matrices(module: nn.Module) -> None:
-    """Does so, in place, with all matrices of a module that are `herdkit.text.linear.Linear` without bias.
+    """Rounds the matrices of a module as `quantise` does, in place: of those in it that are
+    `herdkit.text.linear.Linear`, all without a bias.
 
     Raises:
         ModuleNotFoundError: as `quantise`.
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('int8 weights need torchao: pip install "herdkit[quantisation]"') from error
+    torchao = _torchao()
     module.requires_grad_(False)
-    config = Int8WeightOnlyConfig(version=2, set_inductor_config=False)
-    quantize_(module, config, filter_fn=lambda part, _: isinstance(part, Linear) and part.bias is None)
+    config = torchao.Int8WeightOnlyConfig(version=2, set_inductor_config=False)
+    torchao.quantize_(module, config, filter_fn=lambda part, _: isinstance(part, Linear) and part.bias is None)
     for name, part in list(module.named_modules()):
         if isinstance(part, Linear) and part.bias is None:
             rounded: Any = part.weight
             module.set_submodule(name, Int8Linear(rounded.qdata, rounded.scale[:, 0]))
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.quantization
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('int8 weights need torchao: pip install "herdkit[quantisation]"') from error
+    return torchao.quantization

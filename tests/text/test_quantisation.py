@@ -39,5 +39,7 @@ def test_decodes_with_the_rounded_weights(make_model, tied, rows):
 
 def test_without_torchao_the_error_names_the_extra(make_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    model = make_model(torch.float32, tie_embeddings=True)
     with pytest.raises(ModuleNotFoundError, match="herdkit\\[quantisation\\]"):
-        quantise(make_model())
+        quantise(model)
+    assert model.output is None, "the model is as it was"
