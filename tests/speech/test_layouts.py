@@ -102,8 +102,7 @@ def test_the_tiny_recipe_trains_the_same_model_on_every_layout(finish_program, r
         name: {"overrides": [*given, layout, f"answer_weight={0 if name.startswith('without') else 1}"]}
         for name, layout in runs.items()
     }
-    alone = {name: runs.pop(name) for name in ("alone",)}
-    alone["alone without answers"] = {"overrides": [*given, "answer_weight=0"]}
+    alone = {"alone": runs.pop("alone"), "alone without answers": {"overrides": [*given, "answer_weight=0"]}}
     arguments = {"run_dir": str(root / "runs"), "out": str(root / "out")}
     assert finish_program(PROGRAM, 1, runs=alone, **arguments) == [0]
     expected = torch.load(root / "out.0", weights_only=True)
