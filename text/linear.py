@@ -119,7 +119,9 @@ def _libraries_of_an_amd() -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # What torch.compile calls for such a product; no public function of torch reaches it in float32.
+    # What torch.compile calls for such a product; no public function of torch reaches it in float32. It takes the
+    # numbers of a bias one after another, whatever its stride.
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 

@@ -51,6 +51,11 @@ def test_takes_a_transposed_weight(library):
     torch.testing.assert_close(product(x, weight), x @ weight.T, rtol=1e-5, atol=1e-5)
 
 
+def test_takes_a_bias_of_any_stride(library):
+    x, weight, bias = torch.randn(4, 24), torch.randn(40, 24), torch.randn(40, 2)[:, 1]
+    torch.testing.assert_close(product(x, weight, bias), x @ weight.T + bias, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_is_one_operator_of_a_compiled_graph(library, biased):
     given = [torch.randn(*size, requires_grad=True) for size in [(2, 50, 24), (40, 24), *[(40,)] * biased]]
