@@ -118,7 +118,7 @@ def load(
 def open_model(path: str | os.PathLike) -> tuple[ComposedModel, Weights]:
     """The model of a directory for training, in float32, and the weights of its language model, which is on the meta
     device: what shares the model out reads them, as those of the adapters' layers that can do without memory until then
-    (`herdkit.adapters.deferred`). Only of layouts that can be read but whole (`ComposedLayout.open`) all is in memory.
+    (`herdkit.adapters.deferred`). Of layouts that are read whole (`ComposedLayout.open`) all is in memory.
 
     Raises:
         ModelDirectoryError: as `load`, but for what is wrong with the language model's weights: reading them says it.

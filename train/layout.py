@@ -178,7 +178,8 @@ def lay_out(parallel: ParallelConfig, processes: int) -> Layout:
     if left % shard:
         raise LayoutError("shard", f"{processes} processes / ({product}) leave {left}, not a multiple of {shard}")
     if parallel.gather != "float32" and parallel.context * shard == 1:
-        raise LayoutError("gather", f"{parallel.gather!r}, but nothing is stored in shards: context x shard = 1 x 1")
+        found = f"{parallel.gather!r}, but nothing is stored in shards: context x shard = 1 x 1"
+        raise LayoutError("gather", f"{found}; set parallel.gather to float32")
     return Layout(
         tensor=parallel.tensor,
         context=parallel.context,
