@@ -49,6 +49,8 @@ def cost(
         ValueError: see `layouts_of_phase`.
     """
     layout = lay_out(parallel, devices)
+    if layout.storage == 1:  # nothing is gathered
+        parallel = dataclasses.replace(parallel, gather="float32")
     require_fits(config, layout, phase.row_length)
     load = Load(
         row_length=phase.row_length,

@@ -45,7 +45,7 @@ class ParallelConfig:
             others faster; "aot_eager", for tests, makes nothing faster.
         gather: precision in which weights that are stored in shards are gathered. "bfloat16", as in the paper, goes
             with `trainer.precision` bfloat16: half the traffic, and the residual stream is bfloat16 as well. What is
-            stored and how gradients are summed stays float32.
+            stored and how gradients are summed stays float32. Without shards there is nothing to gather.
         float8: matrix products of the layers, but the first and the last (as in section 6.2), in 8 bits, through
             torchao, on a GPU that has them: scales of whole tensors or of their rows. "emulated" is "tensorwise" in
             slow arithmetic, for tests on any device.
@@ -177,7 +177,7 @@ def lay_out(parallel: ParallelConfig, processes: int) -> Layout:
     shard = left if parallel.shard is None else parallel.shard
     if left % shard:
         raise LayoutError("shard", f"{processes} processes / ({product}) leave {left}, not a multiple of {shard}")
-    if parallel.gather != "float32" and parallel.context * shard == 1:
+    if parallel.gather != "float32" and parallel.shard is not None and parallel.context * shard == 1:
         found = f"{parallel.gather!r}, but nothing is stored in shards: context x shard = 1 x 1"
         raise LayoutError("gather", f"{found}; set parallel.gather to float32")
     return Layout(

@@ -89,5 +89,7 @@ def test_products_in_float8_on_processes(finish_program, run_alone, tmp_path):
 def test_what_cannot_be_is_refused(run_alone):
     with pytest.raises(LayoutError, match=r"gather: .bfloat16., but nothing is stored in shards.* to float32"):
         lay_out(ParallelConfig(gather="bfloat16", tensor=2), 4)
+    # Of as many shards as there are processes there may be one.
+    assert lay_out(ParallelConfig(gather="bfloat16", shard=None), 1).storage == 1
     with pytest.raises(LayoutError, match=r"parallel\.float8: cpu does not multiply float8"):
         run_alone(layout={"float8": "tensorwise"})

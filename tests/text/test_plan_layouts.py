@@ -87,6 +87,8 @@ def test_what_is_said_of_an_eager_run_is_not_of_a_compiled_one():
     # Gathered in float32 two units of twice the bytes, and autocast's copies of all weights.
     weights = predicted("8b", "h100", 8, planned, shard=None, gather="bfloat16")["memory_bytes"][0]["working_copy"]
     assert memory[0]["working_copy"] == 2 * memory[2]["working_copy"] + weights
+    alone = [predicted("1b", "h100", 1, phase(2048, 1), shard=None, **more) for more in ({}, {"gather": "bfloat16"})]
+    assert alone[0] == alone[1]
     assert autocast["traffic_bytes"]["server"] / gathered["traffic_bytes"]["server"] == pytest.approx(12 / 8, rel=0.01)
 
 
